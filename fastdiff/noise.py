@@ -1,0 +1,210 @@
+"""Where a sampler's normal draws come from: given tensors, torch generators, or counter-based Philox.
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a function from (key, counter) to four
+32-bit words, so a draw depends on what it is for and not on what was drawn before. Fixed here for every backend:
+
+    key      (seed low 32 bits, seed high 32 bits)
+    counter  (row key low, row key high, draw, sample << 16 | dim // 4)
+             draw 0 is x_T, draw 1 + i belongs to step i; sample < 2^16; dim < 2^18
+
+    words w0..w3 serve dims 4j .. 4j+3 in two Box-Muller pairs (w0, w1) and (w2, w3). For a pair (a, b), in float32:
+        u = ((a >> 8) + 1) * 2^-24  in (0, 1]        v = (b >> 8) * 2^-24  in [0, 1)
+        r = sqrt(-2 ln u)           angle = 6.2831855 * v
+        first = r cos(angle)        second = r sin(angle)
+
+u, v and angle are exact or one rounding, so normals agree between backends to the few ulp of their log, sin and cos.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
+
+MAX_SAMPLES = 1 << 16
+MAX_DIM = 1 << 18
+
+_MASK32 = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_TWO_PI = 6.2831855  # 2 pi rounded to float32
+
+
+class Noise(ABC):
+    """The standard normal draws of one call: draw 0 is x_T, draw 1 + i belongs to step i. Rows are users x samples."""
+
+    @abstractmethod
+    def draw(self, index: int) -> Tensor:
+        """Draw number `index`, `[R, D]`, in the dtype and on the device of the run. The same index gives the same values."""
+
+
+class GivenNoise(Noise):
+    """Draws handed in by the caller: `[S + 1, R, D]`, or `[S, R, D]` where the last step draws none."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self.noise = noise
+
+    def draw(self, index: int) -> Tensor:
+        return self.noise[index]
+
+
+class StartNoise(Noise):
+    """x_T handed in `[R, D]`; the draws of the steps come from `rest`."""
+
+    def __init__(self, start: Tensor, rest: Noise) -> None:
+        self.start, self.rest = start, rest
+
+    def draw(self, index: int) -> Tensor:
+        return self.start if index == 0 else self.rest.draw(index)
+
+
+class GeneratorNoise(Noise):
+    """Draws from torch generators, in the order in which the sampler asks: one for all rows, or one per user.
+
+    A draw is `torch.randn` on the generator's own device, then moved, so a CPU generator gives the same values everywhere.
+    Unlike Philox, a row's draws depend on the rows before it (one generator) and on the order of the steps.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator | Sequence[torch.Generator],
+        n_users: int,
+        num_samples: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+        self.shape = (n_users, num_samples, dim)
+        self.dtype, self.device = dtype, device
+        self._drawn: tuple[int, Tensor] | None = None
+
+    def draw(self, index: int) -> Tensor:
+        if self._drawn is not None and self._drawn[0] == index:
+            return self._drawn[1]
+        users, samples, dim = self.shape
+        if len(self.generators) == 1 and users != 0:
+            values = self._randn((users * samples, dim), self.generators[0])
+        else:
+            rows = [self._randn((samples, dim), generator) for generator in self.generators]
+            values = torch.cat(rows) if rows else torch.empty(0, dim, dtype=self.dtype, device=self.device)
+        self._drawn = (index, values)
+        return values
+
+    def _randn(self, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=self.dtype).to(self.device)
+
+
+class PhiloxNoise(Noise):
+    """Draws that depend on (seed, row key, sample, draw, dim) only: batch, order, threads and device do not matter.
+
+    row_key  [R] int64   sample  [R] int64, the sample index of each row
+    """
+
+    def __init__(self, seed: int, row_key: Tensor, sample: Tensor, dim: int, dtype: torch.dtype) -> None:
+        self.seed, self.row_key, self.sample = seed, row_key, sample
+        self.dim, self.dtype = dim, dtype
+
+    def draw(self, index: int) -> Tensor:
+        return philox_normal(self.seed, self.row_key, self.sample, index, self.dim).to(self.dtype)
+
+
+def philox_normal(seed: int, row_key: Tensor, sample: Tensor, draw: int, dim: int) -> Tensor:
+    """Standard normals `[R, dim]` float32 for draw number `draw`.
+
+    seed     int of 64 bits                row_key  [R] int64          sample  [R] int64 in 0 .. 2^16 - 1
+    """
+    blocks = torch.arange((dim + 3) // 4, device=row_key.device, dtype=torch.int64)
+    counter = (
+        (row_key & _MASK32).unsqueeze(1),
+        ((row_key >> 32) & _MASK32).unsqueeze(1),
+        torch.full((1, 1), draw & _MASK32, device=row_key.device, dtype=torch.int64),
+        (sample.unsqueeze(1) << 16) | blocks.unsqueeze(0),
+    )
+    words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
+    first, second = _box_muller(words[0], words[1])
+    third, fourth = _box_muller(words[2], words[3])
+    return torch.stack([first, second, third, fourth], dim=-1).flatten(1)[:, :dim]
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32 on 32-bit words held in int64 tensors (which broadcast against each other)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # a 32 x 32 bit product wraps in int64, but its 64 bits are right: mask after the shift
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0, c1, c2, c3 = (
+            ((product_1 >> 32) & _MASK32) ^ c1 ^ k0,
+            product_1 & _MASK32,
+            ((product_0 >> 32) & _MASK32) ^ c3 ^ k1,
+            product_0 & _MASK32,
+        )
+        k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    scale = 2.0**-24
+    u = ((a >> 8) + 1).to(torch.float32) * scale
+    v = (b >> 8).to(torch.float32) * scale
+    radius = torch.sqrt(-2.0 * torch.log(u))
+    angle = _TWO_PI * v
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+# --- row keys -----------------------------------------------------------------------------------------------------------
+
+# the constants of splitmix64's finaliser (Steele et al. 2014), as signed 64-bit integers
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def history_row_key(items: Tensor, lengths: Tensor) -> Tensor:
+    """A 64-bit hash per history `[B]` int64: the row key of a call without `request_ids`.
+
+    h = 0; for each of the row's first `length` items: h = mix(h + golden + item); then key = mix(h + golden + length),
+    where mix is splitmix64's finaliser and sums wrap.
+
+    items  [B, L] int64, left-aligned: what stands beyond a row's length does not matter   lengths  [B] int64
+    """
+    key = torch.zeros(items.shape[0], dtype=torch.int64, device=items.device)
+    for j in range(items.shape[1]):
+        key = torch.where(j < lengths, _mix(key + _GOLDEN + items[:, j]), key)
+    return _mix(key + _GOLDEN + lengths)
+
+
+def _mix(h: Tensor) -> Tensor:
+    h = (h ^ _shift_right(h, 30)) * _MIX_1
+    h = (h ^ _shift_right(h, 27)) * _MIX_2
+    return h ^ _shift_right(h, 31)
+
+
+def _shift_right(h: Tensor, bits: int) -> Tensor:
+    """A logical shift: int64's own shift copies the sign bit."""
+    return (h >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def request_row_key(request_ids: Sequence[int] | Tensor, n_users: int) -> Tensor:
+    """The caller's own row keys `[B]` int64, one per user; ids from 2^63 to 2^64 - 1 wrap to negative ones."""
+    values = request_ids.tolist() if isinstance(request_ids, Tensor) else list(request_ids)
+    if len(values) != n_users:
+        raise InvalidArgument(
+            f"generate: request_ids must hold one integer per history, {n_users} of them (got {len(values)})"
+        )
+    for position, value in enumerate(values):
+        if isinstance(value, bool) or not hasattr(value, "__index__") or not -(1 << 63) <= value.__index__() < 1 << 64:
+            raise InvalidArgument(
+                f"generate: request_ids[{position}] must be an integer of 64 bits (got {value!r}); "
+                "hash a string id to an integer first"
+            )
+    signed = [((int(value) + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63) for value in values]
+    return torch.tensor(signed, dtype=torch.int64)

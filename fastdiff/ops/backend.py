@@ -1,0 +1,94 @@
+"""Backends: which exist, which can run here, and the binding of one op to one of them.
+
+This file is the only place where a backend's name is compared. A backend that is named either runs or raises with the reason;
+"auto" takes the first of `PREFERENCE` that can run on the device. Nothing falls back in silence: `Op.bind` returns the name of
+the backend that runs beside the function, and `engine.backends` shows it.
+
+    torch   plain PyTorch, the reference of every op; runs everywhere
+    cpu     vectorised C++ (csrc/cpu)
+    triton  Triton kernels (kernels/), on a CUDA device
+    cuda    C++/CUDA (csrc/cuda), on a CUDA device
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastdiff.errors import BackendUnavailable, InvalidArgument
+
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+
+
+def why_not(backend: str, device: torch.device | str) -> str | None:
+    """Why `backend` cannot run on `device`, whatever the op; None where nothing stands against it."""
+    device = torch.device(device)
+    if backend == "torch":
+        return None
+    if backend == "cpu":
+        return None if device.type == "cpu" else f"it needs the tensors on the CPU, got {device.type}"
+    if backend in ("triton", "cuda"):
+        if device.type != "cuda":
+            return f"it needs a CUDA device, got {device.type}"
+        if backend == "triton" and importlib.util.find_spec("triton") is None:
+            return "the package 'triton' is not installed"
+        return None
+    raise InvalidArgument(f"backend: unknown name {backend!r}; known backends: auto, {', '.join(BACKENDS)}")
+
+
+@dataclass(frozen=True)
+class Op:
+    """The single record of one op: its name, its reference, and the fast implementations that exist.
+
+    reference        the plain PyTorch function; its docstring is the contract
+    implementations  backend -> "package.module:function" with the reference's signature, imported when first bound
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    implementations: Mapping[str, str] = field(default_factory=dict)
+
+    def why_not(self, backend: str, device: torch.device | str) -> str | None:
+        """Why this op cannot run on `backend` for tensors on `device`; None where it can."""
+        reason = why_not(backend, device)
+        if reason is None and backend != "torch" and backend not in self.implementations:
+            reason = f"this version of fastdiff has no '{backend}' implementation of {self.name}"
+        return reason
+
+    def available(self, device: torch.device | str) -> tuple[str, ...]:
+        """The backends that can run this op for tensors on `device`."""
+        return tuple(backend for backend in BACKENDS if self.why_not(backend, device) is None)
+
+    def bind(self, backend: str, device: torch.device | str) -> BoundOp:
+        """The function to call, for a named backend or for "auto"; raises `BackendUnavailable` with the reason."""
+        device = torch.device(device)
+        if backend == "auto":
+            order = PREFERENCE.get(device.type, ("torch",))
+            backend = next(name for name in order if self.why_not(name, device) is None)
+        reason = self.why_not(backend, device)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"{self.name}: backend {backend!r} cannot run: {reason}. Usable here: {', '.join(self.available(device))}"
+            )
+        if backend == "torch":
+            return BoundOp(self.name, backend, self.reference)
+        module, _, function = self.implementations[backend].partition(":")
+        return BoundOp(self.name, backend, getattr(importlib.import_module(module), function))
+
+
+@dataclass(frozen=True)
+class BoundOp:
+    """An op bound to one backend: call it like the reference; `backend` says what runs."""
+
+    name: str
+    backend: str
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)

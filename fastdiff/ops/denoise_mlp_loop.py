@@ -1,0 +1,87 @@
+"""denoise_mlp_loop: all steps of a sampler whose denoiser is an MLP (DreamRec, TA-Rec, DimeRec, ADRec's mlp decoder)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.noise import Noise
+from fastdiff.ops.backend import Op
+from fastdiff.ops.sampler_step import sampler_step_ref
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """A denoiser MLP whose first layer is split by what it reads: the state, the condition, the time.
+
+        h = w_in x_t + cond + time;  then for each (weight, bias) of `layers`: h = weight act(h) + bias;  then `out_norm`
+
+    w_in      [H, D], the columns of the first layer that read x_t
+    layers    (weight [H', H], bias [H']) of the layers after the first; empty makes the denoiser linear
+    activation  a key of `ACTIVATIONS`, applied between layers
+    out_norm  (weight [D], bias [D], eps) of a final LayerNorm, or None
+    """
+
+    w_in: Tensor
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+    activation: str = "gelu"
+    out_norm: tuple[Tensor, Tensor, float] | None = None
+
+    def __call__(self, x_t: Tensor, cond: Tensor, time: Tensor) -> Tensor:
+        h = x_t @ self.w_in.T + cond + time
+        act = ACTIVATIONS[self.activation]
+        for weight, bias in self.layers:
+            h = F.linear(act(h), weight, bias)
+        if self.out_norm is not None:
+            weight, bias, eps = self.out_norm
+            h = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
+        return h
+
+
+def guided(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: u + g (c - u) (Ho & Salimans 2022); g = 1 is off."""
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def denoise_mlp_loop_ref(
+    x_t: Tensor,
+    mlp: MLPWeights,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    time: Tensor,
+    coef: Tensor,
+    normalize: bool,
+    noise: Noise,
+) -> Tensor:
+    """Run S steps: output_i = mlp(x_i, cond, time[i]); x_{i+1} = sampler_step(output_i, x_i, noise 1 + i, *coef[i]).
+
+    x_t             [R, D] the start, x_T
+    cond            [R, H] the first layer's share of the condition, with its bias
+    uncond          [R, H] or [1, H] the same for the unconditional pass, or None where guidance is off or folded into `cond`
+    guidance_scale  g of u + g (c - u); used only with `uncond`
+    time            [S, H] the first layer's share of each step's time embedding
+    coef            [S, 3] float64, see `StepPlan`
+    noise           draw 1 + i is asked for at step i where coef[i, 2] is not 0
+    Returns x_0 [R, D].
+    """
+    for i, (c_out, c_xt, c_noise) in enumerate(coef.tolist()):
+        output = mlp(x_t, cond, time[i])
+        if uncond is not None:
+            output = guided(mlp(x_t, uncond, time[i]), output, guidance_scale)
+        x_t = sampler_step_ref(output, x_t, noise.draw(1 + i) if c_noise else None, c_out, c_xt, c_noise, normalize)
+    return x_t
+
+
+denoise_mlp_loop = Op("denoise_mlp_loop", denoise_mlp_loop_ref)
