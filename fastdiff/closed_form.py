@@ -26,7 +26,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.plan import StepPlan
 
 MAX_AMPLIFICATION = 1e4
-"""The largest allowed 2-norm of a propagator P_i. Rounding of a float32 input (6e-8) comes out times this: at 1e4 about
+"""The largest allowed norm of a propagator P_i. Rounding of a float32 input (6e-8) comes out times this: at 1e4 about
 three digits of x_0 would be left, and the loop itself would be as bad."""
 
 
@@ -47,7 +47,7 @@ class ClosedForm:
     """x_0 = cond gain^T + offset + z factor^T, in the dtype of the run; moments kept in float64.
 
     gain [D, D] (G)   offset [D] (k)   factor [D, D] (lower triangular L)   covariance [D, D] (Sigma)
-    amplification     the largest 2-norm of any P_i, P_{-1} included
+    amplification     the largest Frobenius norm (a bound of the 2-norm) of any P_i but the identity, P_{-1} included
     """
 
     gain: Tensor
@@ -76,7 +76,7 @@ def collapse(plan: StepPlan, w_x: Tensor, time: Tensor) -> ClosedForm:
     propagator = identity.clone()
     gain, offset = torch.zeros_like(identity), torch.zeros(dim, dtype=torch.float64)
     covariance = torch.zeros_like(identity)
-    amplification = 1.0
+    amplification = 0.0
     for i in reversed(range(plan.num_steps)):
         c_out, c_xt, c_noise = plan.coef[i].tolist()
         gain += c_out * propagator
@@ -84,7 +84,7 @@ def collapse(plan: StepPlan, w_x: Tensor, time: Tensor) -> ClosedForm:
         if c_noise:
             covariance += c_noise**2 * (propagator @ propagator.T)
         propagator = propagator @ (c_out * matrix + c_xt * identity)
-        amplification = max(amplification, float(torch.linalg.matrix_norm(propagator, ord=2)))
+        amplification = max(amplification, float(torch.linalg.matrix_norm(propagator)))
         if not amplification <= MAX_AMPLIFICATION:
             raise InvalidArgument(
                 f"closed_form: the chain amplifies its input by {amplification:.3g} over its last {plan.num_steps - i} steps "
