@@ -15,7 +15,7 @@ def sinusoidal_embedding(timesteps: Tensor, dim: int, order: str, spacing: str) 
 
     timesteps  [S] floating or integer; may be fractional
     order      "sin_cos" or "cos_sin": which half comes first
-    spacing    "half": n = dim/2 (ADRec); "half_minus_one": n = dim/2 - 1, so that the last frequency is 1/10000 (DreamRec)
+    spacing    "half": n = dim/2 (ADRec); "half_minus_one": n = dim/2 - 1, whose last frequency is 1/10000 (DreamRec)
     Returns [S, dim] float32, the precision in which all of the authors evaluate it; the caller casts.
     Raises InvalidArgument for an odd dim, an unknown order or an unknown spacing.
     Source: Vaswani et al. 2017, section 3.5, in the two spellings that diffusion code inherited.
