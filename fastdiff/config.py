@@ -111,6 +111,11 @@ class ModelConfig:
         """Whether a row's result depends on the batch that it is in."""
         return False
 
+    @property
+    def pad_inside(self) -> bool:
+        """Whether the pad id may stand between the items of a history, as a masked slot."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = {"method": self.method}
         for item in fields(self):
@@ -223,6 +228,11 @@ class CDDRecConfig(ModelConfig):
     @property
     def coupled(self) -> bool:
         return self.batch_coupling == "published"
+
+    @property
+    def pad_inside(self) -> bool:
+        """The authors number Office's items from 0, so a real item shares the pad id and is masked wherever it stands."""
+        return True
 
 
 @dataclass(frozen=True)

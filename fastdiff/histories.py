@@ -1,0 +1,177 @@
+"""From what a caller holds to what a model sees: ids to rows of the item table, padding off, cut to the window.
+
+Accepted: a list of histories (each a list, tuple, numpy array or tensor of external item ids, any length, empty for a cold
+user), or one padded integer array or tensor `[B, L]`, padded on either side with -1 or with the model's own pad id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastdiff.catalog import ItemCatalog
+from fastdiff.config import ModelConfig
+from fastdiff.errors import InvalidHistory
+from fastdiff.models.base import Histories
+from fastdiff.ops.score_topk import UserLists
+
+IntArray = npt.NDArray[np.int64]
+ArrayLike = Sequence[Any] | npt.NDArray[Any] | Tensor
+
+_ACCEPTED = (
+    "a list of histories (lists of item ids, oldest first) or an integer array [B, L], padded on either side with -1 or the "
+    "model's pad id, is accepted"
+)
+
+
+@dataclass(frozen=True)
+class ParsedHistories:
+    """`window`: what the model sees. `seen`: rows of every item given, also those outside the window."""
+
+    window: Histories
+    seen: UserLists
+
+
+def parse_histories(histories: ArrayLike, catalog: ItemCatalog, config: ModelConfig) -> ParsedHistories:
+    """Check, map and pack `histories`; raises `InvalidHistory` naming the history and the id that is wrong."""
+    ids, lengths, padded = _flatten(histories)
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    rows, is_pad = _to_rows(ids, user, catalog, config, padded)
+    rows, user, is_pad = _strip_padding(rows, user, is_pad, len(lengths), config, keep_trailing=not padded)
+    lengths = np.bincount(user, minlength=len(lengths))
+    ends = np.cumsum(lengths)
+
+    window_lengths = np.minimum(lengths, config.max_seq_len)
+    width = int(window_lengths.max(initial=0))
+    columns = np.arange(width)
+    inside = columns < window_lengths[:, None]
+    source = (ends - window_lengths)[:, None] + columns
+    items = np.full((len(lengths), width), config.pad_id, dtype=np.int64)
+    items[inside] = rows[source[inside]]
+
+    seen_lengths = np.bincount(user[~is_pad], minlength=len(lengths))
+    offsets = np.concatenate([[0], np.cumsum(seen_lengths)])
+    seen = UserLists(torch.from_numpy(rows[~is_pad]), torch.from_numpy(offsets))
+    return ParsedHistories(Histories(torch.from_numpy(items), torch.from_numpy(window_lengths)), seen)
+
+
+def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
+    """All ids one after the other, the length of each history, and whether they came as one padded array."""
+    if isinstance(histories, Tensor):
+        histories = histories.detach().cpu().numpy() if histories.layout == torch.strided else list(histories.unbind())
+    if isinstance(histories, np.ndarray) and histories.dtype != object:
+        if histories.ndim != 2:
+            raise InvalidHistory(
+                f"generate: histories has shape {histories.shape}; {_ACCEPTED}; for one user, wrap the history: [history]"
+            )
+        lengths = np.full(histories.shape[0], histories.shape[1], dtype=np.int64)
+        return _check_dtype(histories.reshape(-1), "histories"), lengths, True
+    if isinstance(histories, (str, bytes, dict)) or not hasattr(histories, "__iter__"):
+        raise InvalidHistory(f"generate: histories is a {type(histories).__name__}; {_ACCEPTED}")
+    parts = [_one_history(position, history) for position, history in enumerate(histories)]
+    lengths = np.fromiter((len(part) for part in parts), dtype=np.int64, count=len(parts))
+    flat = list(chain.from_iterable(parts))
+    if flat and isinstance(flat[0], str):
+        wrong = next((value for value in flat if not isinstance(value, str)), None)
+        if wrong is not None:
+            raise InvalidHistory(f"generate: histories mix ids of str and {type(wrong).__name__} (got {wrong!r}); use one")
+        return np.array(flat, dtype=object), lengths, False
+    if not flat:
+        return np.zeros(0, dtype=np.int64), lengths, False
+    values = np.array(flat)
+    if values.dtype.kind not in "iu":
+        position, value = next(
+            (position, value)
+            for position, part in enumerate(parts)
+            for value in part
+            if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer))
+        )
+        raise InvalidHistory(
+            f"generate: histories[{position}] holds {value!r}, a {type(value).__name__}; item ids are integers "
+            "(or all strings, where the catalogue's ids are strings); convert them first"
+        )
+    return values.astype(np.int64), lengths, False
+
+
+def _one_history(position: int, history: Any) -> Sequence[Any]:
+    if isinstance(history, Tensor):
+        history = history.detach().cpu().numpy()
+    if isinstance(history, np.ndarray):
+        if history.ndim != 1:
+            raise InvalidHistory(f"generate: histories[{position}] has shape {history.shape}; each history is 1-D")
+        if history.size and history.dtype != object:
+            _check_dtype(history, f"histories[{position}]")
+        return history.tolist()  # type: ignore[no-any-return]
+    if isinstance(history, (list, tuple, range)):
+        return history
+    hint = "; for one user, wrap the history: [history]" if isinstance(history, (int, str)) else ""
+    raise InvalidHistory(f"generate: histories[{position}] is a {type(history).__name__} ({history!r}); {_ACCEPTED}{hint}")
+
+
+def _check_dtype(values: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    if values.dtype.kind in "iu":
+        return values.astype(np.int64)
+    if values.dtype.kind == "U":
+        return values.astype(object)
+    if values.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    raise InvalidHistory(f"generate: {name} has dtype {values.dtype}; item ids are integers: convert with .astype(int64)")
+
+
+def _to_rows(
+    ids: npt.NDArray[Any], user: IntArray, catalog: ItemCatalog, config: ModelConfig, padded: bool
+) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+    """Rows of the item table (the pad row at pads), and where the pads are."""
+    rows = catalog.lookup(ids)
+    unknown = rows < 0
+    if not unknown.any():
+        return rows, np.zeros(len(rows), dtype=np.bool_)
+    is_pad = np.zeros(len(rows), dtype=np.bool_)
+    if ids.dtype != object:
+        # the model's pad id marks padding unless the catalogue gave that number to an item; -1 does in padded arrays
+        is_pad = unknown & ((ids == config.pad_id) | ((ids == -1) & padded))
+    wrong = unknown & ~is_pad
+    if wrong.any():
+        first = int(np.flatnonzero(wrong)[0])
+        raise InvalidHistory(
+            f"generate: histories[{user[first]}] holds item id {ids[first]!r}, the catalogue has {catalog.describe_ids()}; "
+            "add the item to the catalogue or leave it out"
+        )
+    return np.where(is_pad, config.pad_id, rows), is_pad
+
+
+def _strip_padding(
+    rows: IntArray,
+    user: IntArray,
+    is_pad: npt.NDArray[np.bool_],
+    n_users: int,
+    config: ModelConfig,
+    keep_trailing: bool,
+) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
+    """Drop the pads before the first and after the last item; pads between items are an error, or a masked slot."""
+    if not is_pad.any():
+        return rows, user, is_pad
+    position = np.arange(len(rows))
+    first = np.full(n_users, len(rows))
+    last = np.full(n_users, -1)
+    np.minimum.at(first, user[~is_pad], position[~is_pad])
+    np.maximum.at(last, user[~is_pad], position[~is_pad])
+    before, after = position < first[user], position > last[user]
+    if config.pad_inside:
+        keep = ~before if keep_trailing else ~(before | after)
+        return rows[keep], user[keep], is_pad[keep]
+    inside = is_pad & ~before & ~after
+    if inside.any():
+        where = int(user[np.flatnonzero(inside)[0]])
+        raise InvalidHistory(
+            f"generate: histories[{where}] holds padding between its items (the pad id {config.pad_id} or -1); padding may "
+            "stand before the first or after the last item; leave it out"
+        )
+    return rows[~is_pad], user[~is_pad], is_pad[~is_pad]

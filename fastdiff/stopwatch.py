@@ -1,0 +1,39 @@
+"""Timing of the stages of a call without waiting for the GPU: events there, the clock elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Stopwatch:
+    """`lap(name)` ends a stage; `seconds()` waits for the device, if any, and gives the length of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._names: list[str] = []
+        self._marks: list[float | torch.cuda.Event] = [self._mark()]
+
+    def lap(self, name: str) -> None:
+        self._names.append(name)
+        self._marks.append(self._mark())
+
+    def seconds(self) -> dict[str, float]:
+        stages = zip(self._names, self._marks, self._marks[1:], strict=False)
+        return {name: self._between(start, end) for name, start, end in stages}
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+        if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1000.0
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
