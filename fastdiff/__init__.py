@@ -1,0 +1,45 @@
+"""fastdiff: histories in, recommendations out, for diffusion-based sequential recommenders.
+
+    engine = fastdiff.from_pretrained("folder")
+    output = engine.generate([[3, 17, 256], [8]], top_k=10)
+
+Importing this package compiles nothing and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdiff.catalog import ItemCatalog
+    from fastdiff.engine import Engine, GenerateOutput
+    from fastdiff.loading import accelerate, from_pretrained
+    from fastdiff.ops.backend import available_backends
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Engine",
+    "GenerateOutput",
+    "ItemCatalog",
+    "__version__",
+    "accelerate",
+    "available_backends",
+    "from_pretrained",
+]
+
+_HOMES = {
+    "Engine": "fastdiff.engine",
+    "GenerateOutput": "fastdiff.engine",
+    "ItemCatalog": "fastdiff.catalog",
+    "accelerate": "fastdiff.loading",
+    "available_backends": "fastdiff.ops.backend",
+    "from_pretrained": "fastdiff.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -92,3 +92,8 @@ class BoundOp:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The backends that nothing stands against on `device`; `fastdiff env` prints the reasons for the others."""
+    return tuple(backend for backend in BACKENDS if why_not(backend, device) is None)

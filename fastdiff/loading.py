@@ -1,0 +1,47 @@
+"""The two ways to an engine: a folder on disk, or a live model of the authors' code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdiff.checkpoint import from_module, read_folder
+from fastdiff.engine import Engine
+
+if TYPE_CHECKING:
+    import torch
+
+
+def from_pretrained(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Engine:
+    """Load a native folder (`config.json`, `generation_config.json`, `model.safetensors`), as `fastdiff convert` and
+    `Engine.save_pretrained` write it.
+
+    device   "cpu" or "cuda"; None is the CPU
+    dtype    of the model's arithmetic: torch.float32 (None), float64, bfloat16 or float16
+    backend  "auto", or one of `available_backends()`: a named backend either runs or raises `BackendUnavailable`
+    Raises `CheckpointError` naming what is wrong with the folder.
+    """
+    return Engine.from_checkpoint(read_folder(folder), device, dtype, backend)
+
+
+def accelerate(
+    model: torch.nn.Module,
+    settings: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Engine:
+    """An engine for a live model of the authors' code: the drop-in for its slow `predict`.
+
+    model     the authors' `nn.Module`, recognised by its parameters and attributes
+    settings  what those cannot tell, under the authors' own names (for example DreamRec's timesteps, beta_sche and w);
+              missing ones are named. `{"method": "tarec"}` tells TA-Rec from DreamRec, whose parameters are the same
+    The weights are shared where device and dtype allow, and read as they are now; call again after further training.
+    """
+    return Engine.from_checkpoint(from_module(model, dict(settings or {})), device, dtype, backend)
