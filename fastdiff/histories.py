@@ -1,7 +1,7 @@
 """From what a caller holds to what a model sees: ids to rows of the item table, padding off, cut to the window.
 
-Accepted: a list of histories (each a list, tuple, numpy array or tensor of external item ids, any length, empty for a cold
-user), or one padded integer array or tensor `[B, L]`, padded on either side with -1 or with the model's own pad id.
+Accepted: a list of histories (each a list, tuple, numpy array or tensor of external item ids, any length, empty for a
+cold user), or one padded integer array or tensor `[B, L]`, padded on either side with -1 or with the model's own pad id.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ IntArray = npt.NDArray[np.int64]
 ArrayLike = Sequence[Any] | npt.NDArray[Any] | Tensor
 
 _ACCEPTED = (
-    "a list of histories (lists of item ids, oldest first) or an integer array [B, L], padded on either side with -1 or the "
-    "model's pad id, is accepted"
+    "a list of histories (lists of item ids, oldest first) or an integer array [B, L], padded on either side with -1 or "
+    "the model's pad id, is accepted"
 )
 
 
@@ -69,7 +69,8 @@ def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
     if isinstance(histories, np.ndarray) and histories.dtype != object:
         if histories.ndim != 2:
             raise InvalidHistory(
-                f"generate: histories has shape {histories.shape}; {_ACCEPTED}; for one user, wrap the history: [history]"
+                f"generate: histories has shape {histories.shape}; {_ACCEPTED}; "
+                "for one user, wrap the history: [history]"
             )
         lengths = np.full(histories.shape[0], histories.shape[1], dtype=np.int64)
         return _check_dtype(histories.reshape(-1), "histories"), lengths, True
@@ -81,7 +82,9 @@ def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
     if flat and isinstance(flat[0], str):
         wrong = next((value for value in flat if not isinstance(value, str)), None)
         if wrong is not None:
-            raise InvalidHistory(f"generate: histories mix ids of str and {type(wrong).__name__} (got {wrong!r}); use one")
+            raise InvalidHistory(
+                f"generate: histories mix ids of str and {type(wrong).__name__} (got {wrong!r}); use one"
+            )
         return np.array(flat, dtype=object), lengths, False
     if not flat:
         return np.zeros(0, dtype=np.int64), lengths, False
@@ -112,7 +115,9 @@ def _one_history(position: int, history: Any) -> Sequence[Any]:
     if isinstance(history, (list, tuple, range)):
         return history
     hint = "; for one user, wrap the history: [history]" if isinstance(history, (int, str)) else ""
-    raise InvalidHistory(f"generate: histories[{position}] is a {type(history).__name__} ({history!r}); {_ACCEPTED}{hint}")
+    raise InvalidHistory(
+        f"generate: histories[{position}] is a {type(history).__name__} ({history!r}); {_ACCEPTED}{hint}"
+    )
 
 
 def _check_dtype(values: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
@@ -122,7 +127,9 @@ def _check_dtype(values: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
         return values.astype(object)
     if values.size == 0:
         return np.zeros(0, dtype=np.int64)
-    raise InvalidHistory(f"generate: {name} has dtype {values.dtype}; item ids are integers: convert with .astype(int64)")
+    raise InvalidHistory(
+        f"generate: {name} has dtype {values.dtype}; item ids are integers: convert with .astype(int64)"
+    )
 
 
 def _to_rows(
@@ -141,8 +148,8 @@ def _to_rows(
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         raise InvalidHistory(
-            f"generate: histories[{user[first]}] holds item id {ids[first]!r}, the catalogue has {catalog.describe_ids()}; "
-            "add the item to the catalogue or leave it out"
+            f"generate: histories[{user[first]}] holds item id {ids[first]!r}, "
+            f"the catalogue has {catalog.describe_ids()}; add the item to the catalogue or leave it out"
         )
     return np.where(is_pad, config.pad_id, rows), is_pad
 
@@ -171,7 +178,7 @@ def _strip_padding(
     if inside.any():
         where = int(user[np.flatnonzero(inside)[0]])
         raise InvalidHistory(
-            f"generate: histories[{where}] holds padding between its items (the pad id {config.pad_id} or -1); padding may "
-            "stand before the first or after the last item; leave it out"
+            f"generate: histories[{where}] holds padding between its items (the pad id {config.pad_id} or -1); padding "
+            "may stand before the first or after the last item; leave it out"
         )
     return rows[~is_pad], user[~is_pad], is_pad[~is_pad]

@@ -35,5 +35,6 @@ class Stopwatch:
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             end.synchronize()
             return float(start.elapsed_time(end)) / 1000.0
-        assert isinstance(start, float) and isinstance(end, float)
+        assert isinstance(start, float)
+        assert isinstance(end, float)
         return end - start

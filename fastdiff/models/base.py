@@ -71,7 +71,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
         self.schedule: Schedule = config.schedule.build()
         self.bound = bound if bound is not None else {op.name: op.bind("torch", self.device) for op in self.ops}
 
-    # --- what the checkpoint loader asks ---------------------------------------------------------------------------------
+    # --- what the checkpoint loader asks ------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
@@ -83,7 +83,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
         """Prefixes of parameters that the authors' checkpoints hold and inference never reads; dropped on conversion."""
         return ()
 
-    # --- the protocol ----------------------------------------------------------------------------------------------------
+    # --- the protocol -------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, histories: Histories, item_table: Tensor) -> ConditionT:
@@ -125,7 +125,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
         """The query `[R, D]` that is scored against the catalogue."""
         return x_0
 
-    # --- plans and the closed form ---------------------------------------------------------------------------------------
+    # --- plans and the closed form ------------------------------------------------------------------------------------
 
     def plan(
         self,
@@ -166,7 +166,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
         """The denoiser as output = w_x x_t + cond + time[i], where it is one (guidance folded in); else None."""
         return None
 
-    # --- facts -----------------------------------------------------------------------------------------------------------
+    # --- facts --------------------------------------------------------------------------------------------------------
 
     @property
     def item_table(self) -> Tensor:

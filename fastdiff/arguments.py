@@ -1,0 +1,279 @@
+"""The arguments of `generate()`: what they resolve to, which exclude each other, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastdiff.catalog import ItemCatalog
+from fastdiff.config import AGGREGATIONS, RANKINGS, SCHEDULERS, GenerationConfig
+from fastdiff.errors import InvalidArgument
+from fastdiff.models.base import Histories
+from fastdiff.noise import (
+    MAX_SAMPLES,
+    GeneratorNoise,
+    GivenNoise,
+    Noise,
+    PhiloxNoise,
+    StartNoise,
+    history_row_key,
+    request_row_key,
+)
+from fastdiff.ops.score_topk import UserLists
+from fastdiff.plan import StepPlan
+
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+# --- which sampler ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplerRequest:
+    """The arguments of one call that say how to sample; None means the generation config's."""
+
+    scheduler: str | StepPlan | None = None
+    num_inference_steps: int | None = None
+    timesteps: Sequence[int] | None = None
+    eta: float | None = None
+
+    def resolve(self, defaults: GenerationConfig, make_plan: Callable[..., StepPlan]) -> tuple[StepPlan, bool]:
+        """The table to run, and whether it is to be run in closed form.
+
+        make_plan  (scheduler, num_steps, timesteps, eta, spacing) -> StepPlan, the model's own
+        """
+        shape = {"num_inference_steps": self.num_inference_steps, "timesteps": self.timesteps, "eta": self.eta}
+        given = [name for name, value in shape.items() if value is not None]
+        if isinstance(self.scheduler, StepPlan):
+            if given:
+                raise InvalidArgument(
+                    f"generate: a StepPlan as scheduler excludes {', '.join(given)}; the plan holds them"
+                )
+            return self.scheduler, False
+        name = defaults.scheduler if self.scheduler is None else self.scheduler
+        if name not in SCHEDULERS:
+            raise InvalidArgument(
+                f"generate: scheduler must be one of {', '.join(SCHEDULERS)} or a StepPlan (got {name!r})"
+            )
+        if len(given) > 1 and "eta" not in given:
+            raise InvalidArgument("generate: num_inference_steps excludes timesteps; give one of them")
+        if self.eta is not None:
+            _check_number("eta", self.eta)
+        if name == "one_step" and given:
+            if self.scheduler is not None:
+                raise InvalidArgument(
+                    f"generate: scheduler='one_step' excludes {', '.join(given)}; use 'ddpm' or 'ddim'"
+                )
+            name = "ddpm" if self.eta is None else "ddim"  # more steps asked of a model whose default is one
+        if name == "ddpm" and self.eta is not None:
+            raise InvalidArgument("generate: eta belongs to scheduler='ddim'; 'ddpm' has none")
+        closed = name == "closed_form"
+        if closed:  # it collapses the ancestral chain, or DDIM's where eta is given
+            name = "ddpm" if self.eta is None else "ddim"
+        num_steps = self.num_inference_steps
+        if num_steps is None and self.timesteps is None:
+            num_steps = defaults.num_inference_steps
+        eta = defaults.eta if self.eta is None else self.eta
+        return make_plan(name, num_steps, self.timesteps, eta, defaults.timestep_spacing), closed
+
+
+def resolve_settings(defaults: GenerationConfig, **given: Any) -> GenerationConfig:
+    """`defaults` with the arguments of the call that are not None: top_k, guidance_scale, num_samples, aggregation."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("top_k", "num_samples"):
+        value = given.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidArgument(f"generate: {name} must be an int of at least 1 (got {value!r})")
+    if "guidance_scale" in given:
+        _check_number("guidance_scale", given["guidance_scale"])
+    if given.get("aggregation", "max") not in AGGREGATIONS:
+        raise InvalidArgument(
+            f"generate: aggregation must be one of {', '.join(AGGREGATIONS)} (got {given['aggregation']!r})"
+        )
+    if given.get("num_samples", 1) > MAX_SAMPLES:
+        raise InvalidArgument(f"generate: num_samples must be at most {MAX_SAMPLES} (got {given['num_samples']})")
+    return replace(defaults, **given)
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise InvalidArgument(f"generate: {name} must be a number (got {value!r})")
+
+
+# --- which noise ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NoiseRequest:
+    """The arguments of one call that say where its draws come from."""
+
+    noise: Tensor | None = None
+    generator: Generators | None = None
+    seed: int | None = None
+    request_ids: Sequence[int] | Tensor | None = None
+
+    def resolve(
+        self,
+        window: Histories,
+        num_samples: int,
+        dim: int,
+        plan: StepPlan,
+        closed: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Noise, int | None]:
+        """The call's draws, and the seed where there is one. Draws are of `dtype`, on the histories' device."""
+        n_users, device = window.batch_size, window.items.device
+        if self.generator is not None:
+            others = {"seed": self.seed, "request_ids": self.request_ids, "noise": self.noise}
+            _exclude("generator", others, "a generator's draws depend on their order alone")
+            if not isinstance(self.generator, torch.Generator) and len(self.generator) != n_users:
+                raise InvalidArgument(
+                    f"generate: generator must be one torch.Generator or one per history, {n_users} of them "
+                    f"(got {len(self.generator)})"
+                )
+            return GeneratorNoise(self.generator, n_users, num_samples, dim, dtype, device), None
+        start = None
+        if self.noise is not None:
+            given, only_start = self._check_given(self.noise, (n_users, num_samples, dim), plan, closed, device)
+            given = given.to(dtype)
+            if closed or not only_start or not bool(plan.draws_noise.any()):
+                _exclude("noise", {"seed": self.seed, "request_ids": self.request_ids}, "every draw is given")
+                return GivenNoise(given), None
+            start = given[0]
+        seed = draw_seed() if self.seed is None else _check_seed(self.seed)
+        if self.request_ids is None:
+            row_key = history_row_key(window.items, window.lengths)
+        else:
+            row_key = request_row_key(self.request_ids, n_users).to(device)
+        sample = torch.arange(num_samples, device=device).repeat(n_users)
+        philox = PhiloxNoise(seed, row_key.repeat_interleave(num_samples), sample, dim, dtype)
+        return (philox if start is None else StartNoise(start, philox)), seed
+
+    @staticmethod
+    def _check_given(
+        noise: Tensor, size: tuple[int, int, int], plan: StepPlan, closed: bool, device: torch.device
+    ) -> tuple[Tensor, bool]:
+        """Given noise as [draws, R, D], and whether it is the starting draw alone."""
+        n_users, num_samples, dim = size
+        row = [n_users, dim] if num_samples == 1 else [n_users, num_samples, dim]
+        if not isinstance(noise, Tensor):
+            raise InvalidArgument(f"generate: noise must be a tensor (got {type(noise).__name__})")
+        shape, steps = list(noise.shape), plan.num_steps
+        accepted = [row]
+        if not closed:
+            counts = [steps + 1] if bool(plan.draws_noise[-1]) else [steps + 1, steps]
+            accepted += [[count, *row] for count in counts]
+        if shape not in accepted:
+            meaning = "one draw, the closed form has no steps" if closed else "the starting draw, or every draw"
+            raise InvalidArgument(
+                f"generate: noise has shape {shape}; {' or '.join(map(str, accepted))} is accepted ({meaning})"
+            )
+        if not noise.is_floating_point():
+            raise InvalidArgument(f"generate: noise must be floating (got {noise.dtype})")
+        if noise.device != device:
+            raise InvalidArgument(
+                f"generate: noise is on {noise.device}, the model on {device}; move it with noise.to({str(device)!r})"
+            )
+        return noise.reshape(-1, n_users * num_samples, dim), shape == row
+
+
+def draw_seed() -> int:
+    """A seed from torch's default generator, so that `torch.manual_seed` governs calls without one."""
+    return int(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64))
+
+
+def _check_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not -(1 << 63) <= seed.__index__() < 1 << 64:
+        raise InvalidArgument(f"generate: seed must be an integer of 64 bits (got {seed!r})")
+    return seed.__index__()
+
+
+# --- which candidates -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RankingRequest:
+    """The arguments of one call that say which items may be recommended."""
+
+    ranking: str = "clean"
+    filter_seen: bool | None = None
+    exclude_items: Sequence[Any] | None = None
+    candidate_items: Sequence[Any] | None = None
+    user_exclude_items: Sequence[Sequence[Any]] | None = None
+    user_candidate_items: Sequence[Sequence[Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranking not in RANKINGS:
+            raise InvalidArgument(f"generate: ranking must be one of {', '.join(RANKINGS)} (got {self.ranking!r})")
+        if self.filter_seen is not None and not isinstance(self.filter_seen, bool):
+            raise InvalidArgument(f"generate: filter_seen must be True, False or None (got {self.filter_seen!r})")
+        if self.ranking == "published":
+            filters = {name: value for name, value in vars(self).items() if name != "ranking"}
+            _exclude(
+                "ranking='published'", filters, "candidates and seen policy are the authors' own; 'clean' takes filters"
+            )
+
+    def resolve(self, catalog: ItemCatalog, seen: UserLists, filter_seen_default: bool) -> dict[str, Any]:
+        """The filters as rows, under the names of `ItemCatalog.topk`'s arguments."""
+        n_users = len(seen.offsets) - 1
+        exclude = _user_rows(catalog, self.user_exclude_items, n_users, "user_exclude_items")
+        if filter_seen_default if self.filter_seen is None else self.filter_seen:
+            exclude = seen if exclude is None else seen.union(exclude)
+        return {
+            "exclude_rows": _rows(catalog, self.exclude_items, "exclude_items"),
+            "candidate_rows": _rows(catalog, self.candidate_items, "candidate_items"),
+            "user_exclude": exclude,
+            "user_candidates": _user_rows(catalog, self.user_candidate_items, n_users, "user_candidate_items"),
+        }
+
+
+def _rows(catalog: ItemCatalog, items: Sequence[Any] | None, name: str) -> Tensor | None:
+    return None if items is None else torch.from_numpy(_known(catalog, items, name))
+
+
+def _user_rows(
+    catalog: ItemCatalog, lists: Sequence[Sequence[Any]] | None, n_users: int, name: str
+) -> UserLists | None:
+    if lists is None:
+        return None
+    if len(lists) != n_users:
+        raise InvalidArgument(f"generate: {name} must hold one list per history, {n_users} of them (got {len(lists)})")
+    return UserLists.from_lists([_known(catalog, items, f"{name}[{user}]") for user, items in enumerate(lists)])
+
+
+def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray[np.int64]:
+    if isinstance(items, (str, bytes)) or not hasattr(items, "__len__"):
+        raise InvalidArgument(f"generate: {name} must be a list of item ids (got {type(items).__name__})")
+    values = items.cpu().numpy() if isinstance(items, Tensor) else items
+    rows = catalog.lookup(values)
+    if (rows < 0).any():
+        unknown = list(values)[int(np.flatnonzero(rows < 0)[0])]
+        raise InvalidArgument(
+            f"generate: {name} holds item id {unknown!r}, the catalogue has {catalog.describe_ids()}; leave it out"
+        )
+    return rows
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _exclude(name: str, others: dict[str, object], why: str) -> None:
+    clash = [other for other, value in others.items() if value is not None]
+    if clash:
+        raise InvalidArgument(f"generate: {name} excludes {', '.join(clash)}: {why}; leave one of them out")
+
+
+def refuse_unknown(unknown: dict[str, Any], accepted: Sequence[str]) -> None:
+    """Raise a TypeError that names each unknown argument and the accepted one that it looks like."""
+    parts = []
+    for name in unknown:
+        close = difflib.get_close_matches(name, accepted, n=1)
+        parts.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
+    raise TypeError(f"generate: unknown argument {', '.join(parts)}; accepted: {', '.join(accepted)}")
