@@ -1,0 +1,221 @@
+"""DreamRec: Yang et al., "Generate What You Prefer: Reshaping Sequential Recommendation via Guided Diffusion" (NeurIPS
+2023, arXiv 2310.20453).
+
+A history s_0 .. s_{n-1} (n <= L, right-padded with row N) is encoded by one causal transformer block, whose last row is
+the guidance h; a denoiser predicts x_start, the embedding of the next item, under classifier-free guidance:
+
+    e_j = (E[s_j] + P_j) 1[s_j != N]        q = W_q LN1(e_{n-1}) + b_q    k_j = W_k e_j + b_k    v_j = W_v e_j + b_v
+    y   = sum_j softmax_j(q . k_j / sqrt(D)) v_j + LN1(e_{n-1})           z = LN2(y)
+    h   = LN3(o)                            o = LN_ff(W_2 relu(W_1 z + b_1) + b_2 + z) 1[s_{n-1} != N]
+    f(x_t, h, t) = diffuser([x_t ; h ; tau(t)])                           tau(t) = step_mlp([sin ; cos](t))
+    x_start = u + g (c - u)                 c = f(x_t, h, t)              u = f(x_t, null, t)    g = 1 + w
+
+sampled by DDPM with sigma_t = sqrt(posterior variance) and no noise at t = 0; scores are x_0 . E.
+
+What the authors' code does beyond its paper, and so does this:
+  - a key whose features sum to exactly 0 is masked, and so is the attention of a query whose LN1 row does; where every
+    key of a row is masked, the softmax is uniform over all L places (padding and future are masked by one number);
+  - the residual of the attention is LN1(e), that of the feed-forward is z, and attention has no output projection;
+  - an empty history is one pad: o = 0, so h = LN3.bias exactly.
+
+What is restructured, equal up to rounding:
+  - h needs one query and the keys up to it: the other rows of the block are not computed. W_k moves to the query and
+    W_v out of the sum (softmax ignores q . b_k; its weights sum to 1), so that no key or value is ever formed;
+  - the first layer of the diffuser is split by columns: W_h h + b once per user, W_t tau(t) once per step;
+  - "mlp1" is one linear layer, so guidance folds into the condition: u + g (c - u) = f(x_t, null + g (h - null), t);
+    "mlp2" runs a second, unconditional branch behind its first layer.
+
+Weights: the authors' names. s_fc, emb_mlp and diff_mlp are in their checkpoints and are never read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.closed_form import AffineDenoiser
+from fastdiff.config import DreamRecConfig
+from fastdiff.errors import InvalidArgument
+from fastdiff.models.base import Histories, Model, OnStep, Weights
+from fastdiff.models.layers import sinusoidal_embedding
+from fastdiff.noise import Noise
+from fastdiff.ops.backend import BoundOp
+from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, guided
+from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.plan import StepPlan
+
+_MASKED = -(2.0**32) + 1
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class DreamRecState:
+    """What the denoiser reads besides x_t: the shares of its first layer that do not depend on x_t.
+
+    cond    [R, H] with the bias     uncond  [1, H], or None where guidance is off or folded into `cond`
+    time    [S, H]
+    """
+
+    cond: Tensor
+    uncond: Tensor | None
+    guidance_scale: float
+    time: Tensor
+
+
+class DreamRec(Model[Tensor, DreamRecState]):
+    """The condition is h `[B, D]`."""
+
+    ops = (sampler_step, denoise_mlp_loop)
+    item_table_key = "item_embeddings.weight"
+
+    config: DreamRecConfig
+
+    def __init__(self, config: DreamRecConfig, weights: Weights, bound: dict[str, BoundOp] | None = None) -> None:
+        super().__init__(config, weights, bound)
+        dim = config.hidden_size
+        first = weights["diffuser.0.weight"]
+        self._w_h, w_t = first[:, dim : 2 * dim].contiguous(), first[:, 2 * dim :]
+        layers: tuple[tuple[Tensor, Tensor], ...] = ()
+        if config.denoiser == "mlp2":
+            layers = ((weights["diffuser.2.weight"], weights["diffuser.2.bias"]),)
+        self.mlp = MLPWeights(first[:, :dim].contiguous(), layers, "gelu")
+        # one row more than the chain has steps: the shifted grids of TDM and PreferDiff feed T itself
+        timesteps = torch.arange(config.schedule.num_train_timesteps + 1, device=self.device)
+        self._time_table = self._embed_time(timesteps) @ w_t.T
+        # q . (W_k e_j) = (W_k^T q) . e_j, and the logits' 1 / sqrt(D) goes with it
+        scaled_k = weights["mh_attn.linear_k.weight"] / math.sqrt(dim)
+        self._w_qk = scaled_k.T @ weights["mh_attn.linear_q.weight"]
+        self._b_qk = scaled_k.T @ weights["mh_attn.linear_q.bias"]
+
+    @classmethod
+    def weight_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
+        dim = config.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "item_embeddings.weight": (config.n_rows, dim),
+            "none_embedding.weight": (1, dim),
+            "positional_embeddings.weight": (config.max_seq_len, dim),
+        }
+        for norm in ("ln_1", "ln_2", "ln_3", "feed_forward.layer_norm"):
+            shapes |= {f"{norm}.weight": (dim,), f"{norm}.bias": (dim,)}
+        for part in ("q", "k", "v"):
+            shapes |= {f"mh_attn.linear_{part}.weight": (dim, dim), f"mh_attn.linear_{part}.bias": (dim,)}
+        for part in ("w_1", "w_2"):
+            shapes |= {f"feed_forward.{part}.weight": (dim, dim, 1), f"feed_forward.{part}.bias": (dim,)}
+        shapes |= {"step_mlp.1.weight": (2 * dim, dim), "step_mlp.1.bias": (2 * dim,)}
+        shapes |= {"step_mlp.3.weight": (dim, 2 * dim), "step_mlp.3.bias": (dim,)}
+        hidden = 2 * dim if config.denoiser == "mlp2" else dim
+        shapes |= {"diffuser.0.weight": (hidden, 3 * dim), "diffuser.0.bias": (hidden,)}
+        if config.denoiser == "mlp2":
+            shapes |= {"diffuser.2.weight": (dim, hidden), "diffuser.2.bias": (dim,)}
+        return shapes
+
+    @classmethod
+    def unused_weights(cls) -> tuple[str, ...]:
+        return ("s_fc.", "emb_mlp.", "diff_mlp.")
+
+    # --- the encoder ------------------------------------------------------------------------------------------------
+
+    def encode(self, histories: Histories, item_table: Tensor) -> Tensor:
+        """h `[B, D]`, the last row of the transformer block."""
+        w = self.weights
+        items, lengths = self._with_a_place(histories)
+        places = torch.arange(items.shape[1], device=items.device)
+        inside = (places < lengths[:, None]) & (items != self.config.pad_id)
+        e = (item_table[items] + w["positional_embeddings.weight"][places]) * inside[..., None]
+
+        rows, last = torch.arange(items.shape[0], device=items.device), (lengths - 1).clamp(min=0)
+        query = self._norm("ln_1", e[rows, last])
+        y = query + self._attend(query, e, places <= last[:, None])
+        z = self._norm("ln_2", y)
+        hidden = F.relu(F.linear(z, w["feed_forward.w_1.weight"].squeeze(-1), w["feed_forward.w_1.bias"]))
+        hidden = F.linear(hidden, w["feed_forward.w_2.weight"].squeeze(-1), w["feed_forward.w_2.bias"])
+        out = self._norm("feed_forward.layer_norm", hidden + z) * inside[rows, last][:, None]
+        return self._norm("ln_3", out)
+
+    def _with_a_place(self, histories: Histories) -> tuple[Tensor, Tensor]:
+        """A batch of empty histories has no columns; the block wants at least one."""
+        if histories.items.shape[1] > 0:
+            return histories.items, histories.lengths
+        pad = torch.full_like(histories.lengths, self.config.pad_id)
+        return pad[:, None], histories.lengths
+
+    def _attend(self, query: Tensor, e: Tensor, visible: Tensor) -> Tensor:
+        """Attention of one query `[B, D]` per user over those of its places e `[B, n, D]` that are `visible [B, n]`."""
+        w = self.weights
+        logits = torch.einsum("bd,bnd->bn", F.linear(query, self._w_qk, self._b_qk), e)
+        allowed = visible & (e.sum(dim=-1) != 0)
+        weights = torch.softmax(logits.masked_fill(~allowed, _MASKED), dim=-1)
+        # with no key left, each of all L places weighs the same; those beyond the n given are zero rows
+        weights = torch.where(allowed.any(dim=-1, keepdim=True), weights, 1.0 / self.config.max_seq_len)
+        mixed = torch.einsum("bn,bnd->bd", weights, e)
+        values = F.linear(mixed, w["mh_attn.linear_v.weight"], w["mh_attn.linear_v.bias"])
+        return values * (query.sum(dim=-1, keepdim=True) != 0)
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], _EPS)
+
+    # --- the denoiser -----------------------------------------------------------------------------------------------
+
+    def prepare(self, condition: Tensor, plan: StepPlan, guidance_scale: float) -> DreamRecState:
+        null = self.weights["none_embedding.weight"]
+        uncond = None
+        if guidance_scale != 1.0 and self.mlp.layers:
+            uncond = self._first_layer(null)
+        elif guidance_scale != 1.0:
+            condition = guided(null, condition, guidance_scale)
+        return DreamRecState(self._first_layer(condition), uncond, guidance_scale, self._time(plan))
+
+    def repeat(self, state: DreamRecState, num_samples: int) -> DreamRecState:
+        return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
+
+    def denoise(self, x_t: Tensor, step: int, state: DreamRecState) -> Tensor:
+        output = self.mlp(x_t, state.cond, state.time[step])
+        if state.uncond is None:
+            return output
+        return guided(self.mlp(x_t, state.uncond, state.time[step]), output, state.guidance_scale)
+
+    def sample(self, state: DreamRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+        if on_step is not None:
+            return super().sample(state, plan, noise, on_step)
+        x_0: Tensor = self.bound["denoise_mlp_loop"](
+            self.start(noise),
+            self.mlp,
+            state.cond,
+            state.uncond,
+            state.guidance_scale,
+            state.time,
+            plan.coef,
+            plan.normalize,
+            noise,
+        )
+        return x_0
+
+    def affine(self, state: DreamRecState, plan: StepPlan) -> AffineDenoiser | None:
+        if self.mlp.layers:
+            return None
+        return AffineDenoiser(self.mlp.w_in, state.cond, state.time)
+
+    def _first_layer(self, condition: Tensor) -> Tensor:
+        return F.linear(condition, self._w_h, self.weights["diffuser.0.bias"])
+
+    def _time(self, plan: StepPlan) -> Tensor:
+        """W_t tau(t) `[S, H]` of the timesteps of a plan."""
+        last = self._time_table.shape[0] - 1
+        if not bool(((plan.timesteps >= 0) & (plan.timesteps <= last)).all()):
+            raise InvalidArgument(
+                f"{self.config.method}: the timesteps of a plan must lie in 0..{last}, the training chain and one "
+                f"beyond (got {plan.timesteps.tolist()}); make the plan from this model's schedule"
+            )
+        return self._time_table[plan.timesteps.to(self.device)]
+
+    def _embed_time(self, timesteps: Tensor) -> Tensor:
+        """tau(t) `[S, D]`. The sinusoids are float32, as the authors compute them, whatever the weights are."""
+        w = self.weights
+        tau = sinusoidal_embedding(timesteps, self.config.hidden_size, "sin_cos", "half_minus_one").to(self.dtype)
+        tau = F.gelu(F.linear(tau, w["step_mlp.1.weight"], w["step_mlp.1.bias"]))
+        return F.linear(tau, w["step_mlp.3.weight"], w["step_mlp.3.bias"])
