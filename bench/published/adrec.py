@@ -1,18 +1,19 @@
-"""ADRec as its authors publish it: every step runs the whole decoder over all L slots, and draws noise for all of them.
+"""ADRec as its authors publish it: every step runs the whole decoder over all L slots and draws noise for all of them.
 
-Paper: "Unlocking the Power of Diffusion Models in Sequential Recommendation: A Simple and Effective Approach" (KDD 2025,
-arXiv 2505.19544); their code is github.com/Nemo-1024/ADRec. Re-expressed here, operation for operation, as the yardstick of
-tests and benchmarks: parameter names and the attributes that hold settings are theirs, so their state dicts load and a live
-module of theirs looks the same to `fastdiff.accelerate`.
+Paper: "Unlocking the Power of Diffusion Models in Sequential Recommendation: A Simple and Effective Approach"
+(KDD 2025, arXiv 2505.19544); their code is github.com/Nemo-1024/ADRec. Re-expressed here, operation for operation, as
+the yardstick of tests and benchmarks: parameter names and the attributes that hold settings are theirs, so their state
+dicts load, and `fastdiff.accelerate` sees what a live module of theirs shows it.
 
-Beyond their code: it runs in any floating dtype (sinusoids and gathered schedule entries are evaluated as they do and then cast to
-the model's dtype, which is a no-op in float32), histories of 0 and 1 items work, and the numbers of heads and blocks, which they
-fix at 4 and 2, can be given.
+Beyond their code: it runs in any floating dtype (sinusoids and gathered schedule entries are evaluated as they do and
+then cast to the model's dtype, a no-op in float32), histories of 0 and 1 items work, and the numbers of heads and
+blocks, which they fix at 4 and 2, can be given.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
 """The authors' config.yaml, as far as inference reads it."""
 
 
-# --- schedules ----------------------------------------------------------------------------------------------------------
+# --- schedules --------------------------------------------------------------------------------------------------------
 
 
 def betas_of(args: SimpleNamespace) -> np.ndarray:
@@ -76,7 +77,7 @@ def betas_of(args: SimpleNamespace) -> np.ndarray:
 
 def _from_alpha_bar(alpha_bar: Any, steps: int) -> np.ndarray:
     grid = [i / steps for i in range(steps + 1)]
-    return np.array([min(1 - alpha_bar(b) / alpha_bar(a), 0.999) for a, b in zip(grid, grid[1:], strict=False)])
+    return np.array([min(1 - alpha_bar(b) / alpha_bar(a), 0.999) for a, b in pairwise(grid)])
 
 
 def gather(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def gather(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
     return values[..., None].expand(like.shape).to(like.dtype)
 
 
-# --- the transformer ----------------------------------------------------------------------------------------------------
+# --- the transformer --------------------------------------------------------------------------------------------------
 
 
 class LayerNorm(nn.Module):
@@ -177,7 +178,7 @@ class Transformer(nn.Module):
         return x
 
 
-# --- the diffusion ------------------------------------------------------------------------------------------------------
+# --- the diffusion ----------------------------------------------------------------------------------------------------
 
 
 class DenoisedModel(nn.Module):
@@ -299,8 +300,8 @@ class PublishedADRec(nn.Module):
     def inputs(self, history: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(history stream, target stream, mask) of left-padded histories [B, L].
 
-        The target at slot j is the item at slot j + 1; pad slots keep the pad row, and so does the last slot, whose content is
-        noise during sampling.
+        The target at slot j is the item at slot j + 1; pad slots hold the pad row, and so does the last slot, whose
+        content is noise during sampling.
         """
         following = torch.cat([history[:, 1:], torch.zeros_like(history[:, :1])], dim=1)
         target = self.item_embedding(torch.where(history > 0, following, torch.zeros_like(following)))
