@@ -1,11 +1,13 @@
-"""CDDRec's inference as its authors' code runs it (PAKDD 2024, arXiv 2304.11433; code of the paper at commit edfe0ff).
+"""CDDRec's inference as its authors' code runs it (PAKDD 2024, arXiv 2304.11433; their code at commit edfe0ff).
 
-The yardstick of tests and benches, written again in our words with the authors' parameter names and attributes, so that their
-state dicts load, and with the same work: all S slots through every layer, the decoder on whole (B, S, D) tensors, and two full
-normal draws of which one reaches the result. Three things in it surprise:
+The yardstick of tests and benches, written again in our words with the authors' parameter names and attributes, so that
+their state dicts load, and with the same work: all S slots through every layer, the decoder on whole (B, S, D) tensors,
+and two full normal draws of which one reaches the result. Three things in it surprise:
 
-- the decoder layer is built with `batch_first=False` and fed (B, S, D), so its self-attention runs over the users of the batch;
-- masks are an additive -10000, so a row without any real key takes a softmax over its raw scores, future slots included;
+- the decoder layer is built with `batch_first=False` and fed (B, S, D), so its self-attention runs over the users of
+  the batch;
+- masks are an additive -10000, so a row without any real key takes a softmax over its raw scores, future slots
+  included;
 - noise of scale sigma_0 is added at t = 0, the only step that inference runs.
 """
 
@@ -98,8 +100,8 @@ class Encoder(nn.Module):
 
 
 class CDDRecModel(nn.Module):
-    """The whole model. `args` holds the authors' settings as attributes: hidden_size, num_hidden_layers, num_attention_heads,
-    hidden_act, max_seq_length, item_size, T, beta_1, beta_T."""
+    """The whole model. `args` holds the authors' settings as attributes: hidden_size, num_hidden_layers,
+    num_attention_heads, hidden_act, max_seq_length, item_size, T, beta_1, beta_T."""
 
     def __init__(self, args: Any) -> None:
         super().__init__()
