@@ -46,7 +46,7 @@ class AffineDenoiser:
 class ClosedForm:
     """x_0 = cond gain^T + offset + z factor^T, in the dtype of the run; moments kept in float64.
 
-    gain [D, D] (G)   offset [D] (k)   factor [D, D] (lower triangular L)   covariance [D, D] (Sigma)
+    gain [D, D] (G)   offset [D] (k)   factor [D, D] (L)   covariance [D, D] (Sigma)
     amplification     the largest Frobenius norm (a bound of the 2-norm) of any P_i but the identity, P_{-1} included
     """
 
@@ -64,7 +64,8 @@ class ClosedForm:
 def collapse(plan: StepPlan, w_x: Tensor, time: Tensor) -> ClosedForm:
     """Collapse `plan` for the linear denoiser (w_x [D, D], time [S, D]); raises where the chain amplifies its input.
 
-    The result is on the device and in the dtype of `w_x`.
+    The result is on the device and in the dtype of `w_x`. Two products of [D, D] matrices per step, on the CPU: with
+    2000 steps 0.1 s at D = 64 and 3 s at D = 256 on one core.
     """
     if plan.normalize:
         raise InvalidArgument(
@@ -87,21 +88,20 @@ def collapse(plan: StepPlan, w_x: Tensor, time: Tensor) -> ClosedForm:
         amplification = max(amplification, float(torch.linalg.matrix_norm(propagator)))
         if not amplification <= MAX_AMPLIFICATION:
             raise InvalidArgument(
-                f"closed_form: the chain amplifies its input by {amplification:.3g} over its last {plan.num_steps - i} steps "
-                f"(at most {MAX_AMPLIFICATION:g} is accepted), so one draw would lose its digits; use scheduler='ddpm'"
+                f"closed_form: the chain amplifies its input (by {amplification:.3g} over its last "
+                f"{plan.num_steps - i} steps); at most {MAX_AMPLIFICATION:g} is accepted, or one draw would lose its "
+                "digits; use scheduler='ddpm'"
             )
     covariance += propagator @ propagator.T
     covariance = (covariance + covariance.T) / 2
-    kind = {"dtype": w_x.dtype, "device": w_x.device}
-    return ClosedForm(
-        gain.to(**kind), offset.to(**kind), _factor(covariance).to(**kind), covariance, amplification
-    )
+    return ClosedForm(gain.to(w_x), offset.to(w_x), _factor(covariance).to(w_x), covariance, amplification)
 
 
 def _factor(covariance: Tensor) -> Tensor:
     """L with L L^T = covariance; by eigenvalues where it is singular (a plan without noise and a contracting chain)."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(covariance)
-    if int(info) == 0:
-        return factor
-    values, vectors = torch.linalg.eigh(covariance)
-    return vectors * torch.sqrt(torch.clamp(values, min=0.0))
+    if int(info) != 0:
+        values, vectors = torch.linalg.eigh(covariance)
+        factor = vectors * torch.sqrt(torch.clamp(values, min=0.0))
+    return factor

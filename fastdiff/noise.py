@@ -1,7 +1,7 @@
 """Where a sampler's normal draws come from: given tensors, torch generators, or counter-based Philox.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a function from (key, counter) to four
-32-bit words, so a draw depends on what it is for and not on what was drawn before. Fixed here for every backend:
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a function from (key, counter) to
+four 32-bit words, so a draw depends on what it is for and not on what was drawn before. Fixed here for every backend:
 
     key      (seed low 32 bits, seed high 32 bits)
     counter  (row key low, row key high, draw, sample << 16 | dim // 4)
@@ -40,7 +40,7 @@ class Noise(ABC):
 
     @abstractmethod
     def draw(self, index: int) -> Tensor:
-        """Draw number `index`, `[R, D]`, in the dtype and on the device of the run. The same index gives the same values."""
+        """Draw number `index`, `[R, D]`, in the dtype and on the device of the run; an index has one set of values."""
 
 
 class GivenNoise(Noise):
@@ -66,7 +66,7 @@ class StartNoise(Noise):
 class GeneratorNoise(Noise):
     """Draws from torch generators, in the order in which the sampler asks: one for all rows, or one per user.
 
-    A draw is `torch.randn` on the generator's own device, then moved, so a CPU generator gives the same values everywhere.
+    A draw is `torch.randn` on the generator's own device, then moved: a CPU generator gives the same values everywhere.
     Unlike Philox, a row's draws depend on the rows before it (one generator) and on the order of the steps.
     """
 
@@ -160,7 +160,7 @@ def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-# --- row keys -----------------------------------------------------------------------------------------------------------
+# --- row keys ---------------------------------------------------------------------------------------------------------
 
 # the constants of splitmix64's finaliser (Steele et al. 2014), as signed 64-bit integers
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

@@ -2,8 +2,8 @@
 
     x_prev = c_out * model_output + c_xt * x_t + c_noise * noise        (then L2-normalised, for models on the sphere)
 
-A `StepPlan` holds what the denoiser is fed (`timesteps [S]`) and the three numbers per step (`coef [S, 3]`); the builders
-below are pure functions of a `Schedule`. An author's quirk is a row of the table, not a branch in a loop.
+A `StepPlan` holds what the denoiser is fed (`timesteps [S]`) and the three numbers per step (`coef [S, 3]`); the
+builders below are pure functions of a `Schedule`. An author's quirk is a row of the table, not a branch in a loop.
 
 Prediction types (what the network's output means; `abar` is `alphas_cumprod[t]`), each turned into x_start:
 
@@ -15,6 +15,7 @@ Prediction types (what the network's output means; `abar` is `alphas_cumprod[t]`
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,12 +50,13 @@ class StepPlan:
         timesteps, coef = self.timesteps, self.coef
         if timesteps.ndim != 1 or timesteps.is_floating_point() or timesteps.numel() == 0:
             raise InvalidArgument(
-                f"StepPlan: timesteps must be a non-empty 1-D integer tensor (got shape {tuple(timesteps.shape)}, {timesteps.dtype})"
+                "StepPlan: timesteps must be a non-empty 1-D integer tensor "
+                f"(got shape {tuple(timesteps.shape)}, {timesteps.dtype})"
             )
         if tuple(coef.shape) != (timesteps.shape[0], 3) or not coef.is_floating_point():
             raise InvalidArgument(
-                f"StepPlan: coef must be a floating tensor [S, 3] = [{timesteps.shape[0]}, 3], columns c_out, c_xt, c_noise "
-                f"(got shape {tuple(coef.shape)}, {coef.dtype})"
+                f"StepPlan: coef must be a floating tensor [S, 3] = [{timesteps.shape[0]}, 3], columns c_out, c_xt, "
+                f"c_noise (got shape {tuple(coef.shape)}, {coef.dtype})"
             )
         if not bool(torch.isfinite(coef).all()):
             row = int((~torch.isfinite(coef)).any(dim=1).nonzero()[0])
@@ -77,7 +79,7 @@ class StepPlan:
         return bool((self.coef[:, 1] != 0).all())
 
 
-# --- builders -----------------------------------------------------------------------------------------------------------
+# --- builders ---------------------------------------------------------------------------------------------------------
 
 
 def ddpm(
@@ -92,9 +94,9 @@ def ddpm(
 
     timesteps           the steps to run, descending; None runs all of T-1 .. 0. On a subset, the posterior of the
                         strided chain is used: alpha = abar_t / abar_{t_prev} (Nichol & Dhariwal 2021, sec. 4)
-    variance_type       "fixed_small": sigma^2 = posterior variance; "fixed_large": sigma^2 = beta_t (0 on the last step
-                        unless `noise_at_last_step`); "fixed_small_clipped": the posterior variance, whose entry at t = 0
-                        is the one at t = 1, taken through float32 as CDDRec's code does
+    variance_type       "fixed_small": sigma^2 = posterior variance; "fixed_large": sigma^2 = beta_t;
+                        "fixed_small_clipped": the posterior variance, whose entry at t = 0 is the one at t = 1, taken
+                        through float32 as CDDRec's code does
     noise_at_last_step  CDDRec adds noise at t = 0 as well; all others return the mean there
     """
     _check_choice("ddpm", "prediction_type", prediction_type, PREDICTION_TYPES)
@@ -137,7 +139,9 @@ def ddim(
     """
     _check_choice("ddim", "prediction_type", prediction_type, PREDICTION_TYPES[:3])
     if not (isinstance(eta, (int, float)) and math.isfinite(eta) and eta >= 0):
-        raise InvalidArgument(f"ddim: eta must be a finite number of at least 0 (got {eta!r}); 0 is deterministic, 1 is DDPM")
+        raise InvalidArgument(
+            f"ddim: eta must be a finite number of at least 0 (got {eta!r}); 0 is deterministic, 1 is DDPM"
+        )
     steps = _check_timesteps("ddim", timesteps, schedule.num_train_timesteps)
     rows = []
     for i, t in enumerate(steps):
@@ -161,7 +165,7 @@ def one_step(schedule: Schedule, timestep: int | None = None, normalize: bool = 
 
 
 def shifted_ddim(schedule: Schedule, stride: int, noise: str = "none") -> StepPlan:
-    """The few-step grid of TDM and PreferDiff: 0, s, 2s, .., T; coefficients one index to the left of what the denoiser is fed.
+    """The few-step grid of TDM and PreferDiff: 0, s, 2s, .., T, with coefficients one index left of the timesteps.
 
     Grid point g uses alphas_cumprod[g - 1] (the first one alphas_cumprod[0]) while the denoiser gets t = g, so also
     t = T, one past the chain. `noise` is "none" (PreferDiff) or "posterior_by_grid_index" (TDM adds noise with
@@ -194,7 +198,8 @@ def spaced_timesteps(num_train_timesteps: int, num_steps: int, spacing: str = "t
     total = num_train_timesteps
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 1 <= num_steps <= total:
         raise InvalidArgument(
-            f"generate: num_inference_steps must be an int in 1..{total}, the length of the training chain (got {num_steps!r})"
+            f"generate: num_inference_steps must be an int in 1..{total}, the length of the training chain "
+            f"(got {num_steps!r})"
         )
     if spacing == "leading":
         return [i * (total // num_steps) for i in range(num_steps)][::-1]
@@ -205,7 +210,7 @@ def spaced_timesteps(num_train_timesteps: int, num_steps: int, spacing: str = "t
     return [round((total - 1) * i / (num_steps - 1)) for i in range(num_steps)][::-1]
 
 
-# --- shared pieces ------------------------------------------------------------------------------------------------------
+# --- shared pieces ----------------------------------------------------------------------------------------------------
 
 
 def _transition(schedule: Schedule, t: int, t_prev: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -246,6 +251,6 @@ def _check_timesteps(where: str, timesteps: Sequence[int] | Tensor | None, total
         raise InvalidArgument(f"{where}: timesteps must be a non-empty sequence of ints (got {timesteps!r})")
     if any(not 0 <= t < total for t in values):
         raise InvalidArgument(f"{where}: timesteps must lie in 0..{total - 1}, the training chain (got {values})")
-    if any(later >= earlier for earlier, later in zip(values, values[1:], strict=False)):
+    if any(later >= earlier for earlier, later in itertools.pairwise(values)):
         raise InvalidArgument(f"{where}: timesteps must strictly descend, from noise to clean (got {values})")
     return values

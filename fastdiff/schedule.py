@@ -9,8 +9,9 @@ Forward process, for t = 0 .. T-1 (DDPM, Ho et al. 2020, eq. 2 and 4; indices he
 
 and its posterior q(x_{t-1} | x_t, x_start) = N(c_1 x_start + c_2 x_t, posterior_variance_t I) (eq. 6 and 7).
 
-The authors' codes compute these in different precisions (DreamRec and TA-Rec in float32, ADRec and CDDRec in float64), which
-changes coefficients by up to 2e-4; so the arithmetic dtype is a property of a schedule, and each formula below is evaluated in it.
+The authors' codes compute these in different precisions (DreamRec and TA-Rec in float32, ADRec and CDDRec in float64),
+which changes coefficients by up to 2e-4; so the arithmetic dtype is a property of a schedule, and each formula below is
+evaluated in it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class ScheduleConfig:
         if self.family == "explicit" and (self.betas is None or len(self.betas) != self.num_train_timesteps):
             given = "none" if self.betas is None else str(len(self.betas))
             raise InvalidArgument(
-                f"{where}: family 'explicit' needs {self.num_train_timesteps} betas, one per training timestep (got {given})"
+                f"{where}: family 'explicit' needs {self.num_train_timesteps} betas, one per training timestep "
+                f"(got {given})"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +116,8 @@ class Schedule:
         if not bool(((betas > 0) & (betas <= 1)).all()):
             worst = betas[~((betas > 0) & (betas <= 1))][0].item()
             raise InvalidArgument(
-                f"Schedule: every beta must lie in (0, 1] (got {worst:g}); check the family, its ends and num_train_timesteps"
+                f"Schedule: every beta must lie in (0, 1] (got {worst:g}); check the family, its ends and "
+                "num_train_timesteps"
             )
 
     @property
@@ -150,7 +153,7 @@ class Schedule:
         return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
 
-# --- families of betas. Each returns [T]; the caller casts to the arithmetic dtype. -------------------------------------
+# --- families of betas. Each returns [T]; the caller casts to the arithmetic dtype. -----------------------------------
 
 
 def _linear(config: ScheduleConfig) -> Tensor:
@@ -160,14 +163,14 @@ def _linear(config: ScheduleConfig) -> Tensor:
 
 
 def _exp(config: ScheduleConfig) -> Tensor:
-    """beta_t = 1 - exp(-beta_min / T - x_t (beta_max - beta_min) / (2 T^2)), x_t an even grid from 1 to 2 T + 1 (DreamRec)."""
+    """beta_t = 1 - exp(-beta_min / T - x_t (beta_max - beta_min) / (2 T^2)), x an even grid 1 .. 2 T + 1 (DreamRec)."""
     steps, low, high = config.num_train_timesteps, config.beta_min, config.beta_max
     grid = torch.linspace(1, 2 * steps + 1, steps, dtype=ARITHMETIC[config.arithmetic])
     return 1 - torch.exp(-low / steps - grid * 0.5 * (high - low) / (steps * steps))
 
 
 def _cosine(config: ScheduleConfig) -> Tensor:
-    """Nichol & Dhariwal 2021, eq. 17, on a grid of T + 1 points, each beta clipped to [clip_min, clip_max] (DreamRec)."""
+    """Nichol & Dhariwal 2021, eq. 17, on T + 1 points, each beta clipped to [clip_min, clip_max] (DreamRec)."""
     steps, offset = config.num_train_timesteps, 0.008
     grid = torch.linspace(0, steps, steps + 1, dtype=ARITHMETIC[config.arithmetic])
     alphas_cumprod = torch.cos(((grid / steps) + offset) / (1 + offset) * torch.pi * 0.5) ** 2
@@ -200,7 +203,7 @@ def _sqrt(config: ScheduleConfig) -> Tensor:
 
 
 def _trunc_cos(config: ScheduleConfig) -> Tensor:
-    """A cosine alpha-bar that starts left of 1: beta_0 = 1 - alpha_bar(0), then the ratios of steps 0 .. T-2 (ADRec)."""
+    """A cosine alpha-bar that starts below 1: beta_0 = 1 - alpha_bar(0), then the ratios of steps 0 .. T-2 (ADRec)."""
 
     def alpha_bar(t: float) -> float:
         return math.cos((t + 0.1) / 1.1 * math.pi / 2) ** 2

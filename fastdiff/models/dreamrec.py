@@ -148,13 +148,13 @@ class DreamRec(Model[Tensor, DreamRecState]):
         """Attention of one query `[B, D]` per user over those of its places e `[B, n, D]` that are `visible [B, n]`."""
         w = self.weights
         logits = torch.einsum("bd,bnd->bn", F.linear(query, self._w_qk, self._b_qk), e)
-        allowed = visible & (e.sum(dim=-1) != 0)
+        allowed = visible & _has_features(e)
         weights = torch.softmax(logits.masked_fill(~allowed, _MASKED), dim=-1)
         # with no key left, each of all L places weighs the same; those beyond the n given are zero rows
         weights = torch.where(allowed.any(dim=-1, keepdim=True), weights, 1.0 / self.config.max_seq_len)
         mixed = torch.einsum("bn,bnd->bd", weights, e)
         values = F.linear(mixed, w["mh_attn.linear_v.weight"], w["mh_attn.linear_v.bias"])
-        return values * (query.sum(dim=-1, keepdim=True) != 0)
+        return values * _has_features(query)[:, None]
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], _EPS)
@@ -219,3 +219,13 @@ class DreamRec(Model[Tensor, DreamRecState]):
         tau = sinusoidal_embedding(timesteps, self.config.hidden_size, "sin_cos", "half_minus_one").to(self.dtype)
         tau = F.gelu(F.linear(tau, w["step_mlp.1.weight"], w["step_mlp.1.bias"]))
         return F.linear(tau, w["step_mlp.3.weight"], w["step_mlp.3.bias"])
+
+
+def _has_features(x: Tensor) -> Tensor:
+    """False where the authors' masks strike: the features of a row sum to exactly 0.
+
+    Sums of half-precision numbers do so by chance, which would drop real items: there, only rows of zeros count.
+    """
+    if x.dtype in (torch.float32, torch.float64):
+        return x.sum(dim=-1) != 0
+    return (x != 0).any(dim=-1)

@@ -1,4 +1,4 @@
-"""denoise_mlp_loop: all steps of a sampler whose denoiser is an MLP (DreamRec, TA-Rec, DimeRec, ADRec's mlp decoder)."""
+"""denoise_mlp_loop: all steps of a sampler whose denoiser is an MLP (DreamRec, TA-Rec, DimeRec, ADRec's "mlp")."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLPWeights:
     """A denoiser MLP whose first layer is split by what it reads: the state, the condition, the time.
 
-        h = w_in x_t + cond + time;  then for each (weight, bias) of `layers`: h = weight act(h) + bias;  then `out_norm`
+        h = w_in x_t + cond + time;  for each (weight, bias) of `layers`: h = weight act(h) + bias;  then `out_norm`
 
     w_in      [H, D], the columns of the first layer that read x_t
     layers    (weight [H', H], bias [H']) of the layers after the first; empty makes the denoiser linear
@@ -69,7 +69,7 @@ def denoise_mlp_loop_ref(
 
     x_t             [R, D] the start, x_T
     cond            [R, H] the first layer's share of the condition, with its bias
-    uncond          [R, H] or [1, H] the same for the unconditional pass, or None where guidance is off or folded into `cond`
+    uncond          [R, H] or [1, H] the same for the unconditional pass; None where guidance is off or folded in `cond`
     guidance_scale  g of u + g (c - u); used only with `uncond`
     time            [S, H] the first layer's share of each step's time embedding
     coef            [S, 3] float64, see `StepPlan`
