@@ -10,10 +10,10 @@ from fastdiff.models import model_class
 
 
 def random_weights(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A state dict with the names and shapes of `config`: matrices of norm about 1 per output, norms about the identity.
+    """A state dict with the names and shapes of `config`, at the scale of trained weights.
 
-    1-D tensors named like a norm's weight are drawn around 1, other 1-D tensors (biases) around 0; embedding tables and
-    everything else have standard deviation 1 / sqrt(columns), item tables 0.3. The draws are float32 whatever the dtype.
+    1-D tensors named "weight" (of norms) are drawn around 1, other 1-D tensors (biases) around 0; embedding tables have
+    standard deviation 0.3, matrices 1 / sqrt(columns). The draws are float32 whatever the dtype.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
