@@ -1,0 +1,150 @@
+"""`evaluate()`: metrics of an engine on held-out items, with the policy that produced them.
+
+Published numbers depend on which rows are candidates, what happens to seen items and, for sampled models, on the noise;
+so a result carries its policy in words.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sized
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from fastdiff.data import Instance, LeaveOneOut, check_known
+from fastdiff.errors import DataError, InvalidArgument
+from fastdiff.metrics import RankingMetrics
+
+if TYPE_CHECKING:
+    from fastdiff.engine import Engine
+
+BATCH_SIZE = 256
+COUPLED_BATCH_SIZE = 128
+"""The batches of the authors' own evaluation, for models whose users share a batch's attention (CDDRec)."""
+
+
+def default_batch_size(engine: Engine) -> int:
+    """128 for batch-coupled models, as their authors evaluate; else 256."""
+    return COUPLED_BATCH_SIZE if engine.config.coupled else BATCH_SIZE
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate()` returns.
+
+    metrics          "HR@5", "NDCG@5", "MRR@20", "coverage@5", ... -> value in 0..1 (see `fastdiff.metrics`)
+    standard_errors  "HR@5", ... -> standard error of that share
+    policy           sentences: candidates, seen items, noise, batches, what could not be hit
+    users, skipped   rows evaluated; users left out for too few items
+    seconds          wall time of the whole pass, reading included
+    timings          seconds of the engine's stages, summed over the batches
+    """
+
+    metrics: dict[str, float]
+    standard_errors: dict[str, float]
+    policy: list[str]
+    users: int
+    skipped: int
+    seed: int
+    batch_size: int
+    seconds: float
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def histories_per_second(self) -> float:
+        return self.users / self.seconds
+
+
+def evaluate(
+    engine: Engine,
+    instances: Iterable[Instance],
+    ranking: str = "published",
+    top_ks: tuple[int, ...] = (5, 10, 20),
+    batch_size: int | None = None,
+    seed: int = 0,
+    filter_seen: bool | None = None,
+    show_progress: bool = True,
+    **arguments: Any,
+) -> EvaluationResult:
+    """Rank for every instance and see where its target stands.
+
+    instances   `LeaveOneOut(SequenceFile(...))`, `InstanceFile(...)`, or any iterable of `Instance`; read as a stream
+    ranking     "published": candidates and seen items as the authors rank; "clean": real items only
+    top_ks      the cut-offs of the metrics
+    batch_size  None is 256, and 128 for batch-coupled models (the authors' batches, in file order, the last one short)
+    seed        of the noise. A row's noise depends on the seed and the row's number, not on its history: many users
+                share an empty history, and must not share a draw
+    filter_seen for the clean ranking; None is the model's own setting
+    arguments   further ones of `Engine.generate`: num_inference_steps, scheduler, eta, guidance_scale, num_samples, ...
+    Raises `DataError` where there is no instance, or a history holds an item that the catalogue does not.
+    """
+    batch_size = default_batch_size(engine) if batch_size is None else batch_size
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise InvalidArgument(f"evaluate: batch_size must be an int of at least 1 (got {batch_size!r})")
+    metrics = RankingMetrics(top_ks, engine.catalog.item_ids)
+    timings: dict[str, float] = {}
+    already_seen = 0
+    start = time.perf_counter()
+    source, done = iter(instances), 0
+    total = len(instances) if isinstance(instances, Sized) else None
+    with tqdm(total=total, unit="user", disable=None if show_progress else True) as bar:
+        while batch := list(islice(source, batch_size)):
+            histories = [instance.history for instance in batch]
+            check_known(batch, histories, engine.catalog, engine.config)
+            output = engine.generate(
+                histories,
+                top_k=metrics.top_ks[-1],
+                seed=seed,
+                request_ids=range(done, done + len(batch)),
+                ranking=ranking,
+                filter_seen=filter_seen,
+                **arguments,
+            )
+            metrics.update(output.item_ids, [instance.target for instance in batch])
+            already_seen += sum(instance.target in instance.history for instance in batch)
+            for stage, seconds in output.timings.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+            done += len(batch)
+            bar.update(len(batch))
+    seconds = time.perf_counter() - start
+    skipped = instances.skipped if isinstance(instances, LeaveOneOut) else 0
+    if done == 0:
+        raise DataError(f"evaluate: there is no instance to rank for ({skipped} users skipped for too few items)")
+    policy = _policy(engine, ranking, filter_seen, seed, batch_size, already_seen)
+    return EvaluationResult(
+        metrics.compute(), metrics.standard_errors(), policy, done, skipped, seed, batch_size, seconds, timings
+    )
+
+
+def _policy(
+    engine: Engine, ranking: str, filter_seen: bool | None, seed: int, batch_size: int, already_seen: int
+) -> list[str]:
+    config, n_items = engine.config, engine.catalog.n_items
+    if ranking == "published":
+        special = ", ".join(config.special_rows.values())
+        score = config.published_seen_score
+        drops_seen = False
+        lines = [
+            f"ranking: published, as the authors rank (candidates: all {config.n_rows} rows of the table, with {special})",
+            "seen items: ranked like all others"
+            if score is None
+            else f"seen items: scores set to {score:g}, still ranked",
+        ]
+    else:
+        drops_seen = engine.generation_config.filter_seen if filter_seen is None else filter_seen
+        lines = [
+            f"ranking: clean (candidates: the {n_items} items of the catalogue)",
+            "seen items: left out" if drops_seen else "seen items: ranked like all others",
+        ]
+    if drops_seen and already_seen:
+        lines.append(f"targets that are seen items, and so can never be hit: {already_seen}")
+    lines.append(f"noise: seed {seed}, one stream per user (the user's number)")
+    if config.coupled:
+        whose = "the authors' batches" if batch_size == COUPLED_BATCH_SIZE else f"the authors' are {COUPLED_BATCH_SIZE}"
+        lines.append(
+            f"batches: {batch_size} users in file order attend to one another, the last batch is short ({whose})"
+        )
+    return lines
