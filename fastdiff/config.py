@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from fastdiff.errors import CheckpointError, InvalidArgument
@@ -37,6 +38,12 @@ class GenerationConfig:
     filter_seen: bool = True
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        _check_counts(self, "top_k", "num_samples")
+        if self.num_inference_steps is not None:
+            _check_counts(self, "num_inference_steps")
+        if self.eta < 0:
+            raise InvalidArgument(f"GenerationConfig: eta must be at least 0 (got {self.eta!r})")
         _check(self, "scheduler", SCHEDULERS)
         _check(self, "timestep_spacing", TIMESTEP_SPACINGS)
         _check(self, "aggregation", AGGREGATIONS)
@@ -65,10 +72,12 @@ class ModelConfig:
     variance_type: str = "fixed_small"
 
     def __post_init__(self) -> None:
-        for name in ("n_items", "hidden_size", "max_seq_len"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidArgument(f"{type(self).__name__}: {name} must be an int of at least 1 (got {value!r})")
+        if not isinstance(self.schedule, ScheduleConfig):
+            raise InvalidArgument(
+                f"{type(self).__name__}: schedule must be a ScheduleConfig (got {type(self.schedule).__name__})"
+            )
+        _check_types(self)
+        _check_counts(self, "n_items", "hidden_size", "max_seq_len")
         _check(self, "prediction_type", PREDICTION_TYPES)
         _check(self, "variance_type", VARIANCE_TYPES)
 
@@ -148,6 +157,7 @@ class ADRecConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self, "decoder", ("attention", "mlp"))
+        _check_counts(self, "n_encoder_layers", "n_decoder_layers")
         _check_heads(self, self.n_heads)
 
 
@@ -207,6 +217,7 @@ class CDDRecConfig(ModelConfig):
         super().__post_init__()
         _check(self, "batch_coupling", ("published", "none"))
         _check(self, "hidden_act", ("gelu", "relu"))
+        _check_counts(self, "n_layers")
         _check_heads(self, self.n_heads)
 
     @property
@@ -231,7 +242,7 @@ class CDDRecConfig(ModelConfig):
 
     @property
     def pad_inside(self) -> bool:
-        """The authors number Office's items from 0, so a real item shares the pad id and is masked wherever it stands."""
+        """The authors number Office's items from 0: a real item shares the pad id and is masked wherever it stands."""
         return True
 
 
@@ -245,8 +256,8 @@ class DimeRecConfig(ModelConfig):
     mlp_widths           hidden widths of the denoiser; () makes it one linear layer
     mlp_activation       between its layers
     mlp_input_order      how its input is concatenated: "x" the state, "t" the step embedding, "g" the interests
-    noise_scale          "sqrt": sqrt of the posterior variance; "literal": the variance itself, as the paper's box prints it
-    normalize            L2-normalise "after" each update (the paper's box) or "before" each denoiser call (its follow-up)
+    noise_scale          "sqrt": sqrt of the posterior variance; "literal": the variance itself, as the paper prints it
+    normalize            L2-normalise "after" each update (the paper) or "before" each denoiser call (its follow-up)
     normalize_start      put x_T on the sphere before the first step
     normalize_items      score against unit-length items
     step_offset          step embedding row = timestep index + offset (the table has T + 1 rows, step t = 1..T)
@@ -269,8 +280,13 @@ class DimeRecConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_counts(self, "n_interests")
         object.__setattr__(self, "mlp_widths", tuple(self.mlp_widths))
         object.__setattr__(self, "mlp_input_order", tuple(self.mlp_input_order))
+        if any(not isinstance(width, int) or isinstance(width, bool) or width < 1 for width in self.mlp_widths):
+            raise InvalidArgument(
+                f"DimeRecConfig: mlp_widths must hold ints of at least 1 (got {list(self.mlp_widths)!r})"
+            )
         _check(self, "guidance_extractor", ("self_attention", "last_items"))
         _check(self, "mlp_activation", ("gelu", "relu", "silu", "tanh"))
         _check(self, "noise_scale", ("sqrt", "literal"))
@@ -291,7 +307,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
 
 
 def default_generation_config(config: ModelConfig, guidance_scale: float = 1.0) -> GenerationConfig:
-    """How each paper samples: TA-Rec in one step, CDDRec in one decoder call (one "one_step"-like DDPM step at t = 0)."""
+    """How each paper samples: TA-Rec and CDDRec in one step, the others along the whole chain."""
     if config.method in ("tarec", "cddrec"):
         return GenerationConfig(scheduler="one_step", guidance_scale=guidance_scale)
     return GenerationConfig(scheduler="ddpm", guidance_scale=guidance_scale)
@@ -301,37 +317,60 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     """The config that `ModelConfig.to_dict` wrote; unknown and missing fields are named."""
     values = dict(values)
     method = values.pop("method", None)
-    if method not in CONFIGS:
+    if not isinstance(method, str) or method not in CONFIGS:
         raise CheckpointError(
             f"config.json: unknown method {method!r}; known methods: {', '.join(sorted(CONFIGS))}; "
             "is this folder one that `fastdiff convert` or `save_pretrained` wrote?"
         )
     kind = CONFIGS[method]
     values["schedule"] = _construct(ScheduleConfig, values.get("schedule"), "config.json: schedule")
-    config = _construct(kind, values, f"config.json ({method})")
-    assert isinstance(config, ModelConfig)
+    config: ModelConfig = _construct(kind, values, f"config.json ({method})")
     return config
 
 
 def generation_config_from_dict(values: dict[str, Any]) -> GenerationConfig:
-    config = _construct(GenerationConfig, values, "generation_config.json")
-    assert isinstance(config, GenerationConfig)
+    config: GenerationConfig = _construct(GenerationConfig, values, "generation_config.json")
     return config
 
 
 def _construct(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: must be a JSON object (got {type(values).__name__})")
-    known = {item.name for item in fields(kind)}
-    unknown = sorted(set(values) - known)
+    known = {item.name: item.default is MISSING for item in fields(kind)}
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise CheckpointError(f"{where}: unknown fields {', '.join(unknown)}; known fields: {', '.join(sorted(known))}")
+    missing = [name for name, required in known.items() if required and name not in values]
+    if missing:
+        raise CheckpointError(f"{where}: missing fields {', '.join(missing)}")
     try:
-        return kind(**values)
-    except TypeError as error:
+        config = kind(**values)
+        _check_types(config)
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
-    except InvalidArgument as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    return config
+
+
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an int"),
+    "int | None": ((int, type(None)), "an int or null"),
+    "float": ((int, float), "a finite number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a string"),
+}
+"""Annotation of a field -> the types that it accepts, in Python and in words."""
+
+
+def _check_types(config: Any) -> None:
+    """Fields hold what their annotations say: a config may come from a file that somebody edited."""
+    for item in fields(config):
+        if item.type not in _TYPES:
+            continue
+        accepted, words = _TYPES[item.type]
+        value = getattr(config, item.name)
+        wrong = not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted)
+        if wrong or (isinstance(value, float) and not math.isfinite(value)):
+            raise InvalidArgument(f"{type(config).__name__}: {item.name} must be {words} (got {value!r})")
 
 
 def _check(config: object, name: str, accepted: tuple[str, ...]) -> None:
@@ -340,8 +379,16 @@ def _check(config: object, name: str, accepted: tuple[str, ...]) -> None:
         raise InvalidArgument(f"{type(config).__name__}: {name} must be one of {', '.join(accepted)} (got {value!r})")
 
 
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InvalidArgument(f"{type(config).__name__}: {name} must be an int of at least 1 (got {value!r})")
+
+
 def _check_heads(config: ModelConfig, n_heads: int) -> None:
     if n_heads < 1 or config.hidden_size % n_heads:
         raise InvalidArgument(
-            f"{type(config).__name__}: hidden_size must be a multiple of n_heads (got {config.hidden_size} and {n_heads})"
+            f"{type(config).__name__}: hidden_size must be a multiple of n_heads "
+            f"(got {config.hidden_size} and {n_heads})"
         )
