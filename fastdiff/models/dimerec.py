@@ -1,0 +1,209 @@
+"""DimeRec: Li et al., "DimeRec: A Unified Framework for Enhanced Sequential Recommendation via Generative Diffusion
+Models" (WSDM 2025, arXiv 2408.12153).
+
+Guidance extraction (GEM) turns a history s_0 .. s_{n-1} into K interest vectors, which guide a diffusion on the unit
+sphere (DAM). With H_j = E[s_j] and learned positions P_j, j < n:
+
+    g_k     = sum_j softmax_j(w_2 tanh(w_1 (H_j + P_j) + b_1) + b_2)_k H_j   "self_attention" (of Cen et al. 2020)
+    g_k     = H_{n-K+k}                                                      "last_items": the last K items
+    f       = MLP([x_t ; s_t ; g_1 .. g_K])                                  s_t: row t of a learned table, t = 1..T
+    x_{t-1} = L2Norm(c_1 f + c_2 x_t + sigma_t z)                            Algorithm 2, with DDPM's posterior
+
+and x_0 is scored against E by inner product. There is no public code and the paper leaves much open, so every choice is
+a setting of `DimeRecConfig`; its defaults read the paper's Algorithm 2 as follows:
+
+  - x_T is a standard normal draw put on the sphere (`normalize_start`);
+  - c_1 and c_2 are DDPM's as printed, although the forward walk on the sphere has no sqrt(alphas_cumprod);
+  - sigma_t is the square root of the posterior variance; the box prints the variance itself (`noise_scale="literal"`);
+  - x is normalised after each update; the follow-up ADIGRec does so at the start of each step and leaves x_0 as it
+    comes (`normalize="before"`);
+  - the softmax runs over the items of a history; values carry no positions (`positions_in_values`), as in ComiRec;
+  - an empty history has g = 0, and where "last_items" finds fewer than K items, the older places are zero;
+  - the step table has T + 1 rows, and the chain's index t (from 0) reads row t + 1 (`step_offset`).
+
+Restructured, equal up to rounding: GEM and its share of the first layer, W_g g + b, are worked out once per user; the
+step table is taken through its share of that layer once per model. There is no classifier-free guidance.
+
+Weights (the names are ours: no others exist): item_embeddings.weight [N + 1, D] with row 0 the pad row;
+step_embeddings.weight [T + 1, D]; with "self_attention" position_embeddings.weight [L, D], interest.w_1 (D -> 4 D) and
+interest.w_2 (4 D -> K); and denoiser.0, denoiser.1, .. the linear layers of the MLP, the first of which reads its input
+in the order of `mlp_input_order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.config import DimeRecConfig
+from fastdiff.errors import InvalidArgument
+from fastdiff.models.base import Histories, Model, OnStep, Weights
+from fastdiff.noise import Noise
+from fastdiff.ops.backend import BoundOp
+from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop
+from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.plan import StepPlan
+
+
+@dataclass(frozen=True)
+class DimeRecState:
+    """The shares of the denoiser's first layer that do not depend on x_t: cond [R, H] with the bias, time [S, H]."""
+
+    cond: Tensor
+    time: Tensor
+
+
+class DimeRec(Model[Tensor, DimeRecState]):
+    """The condition is the interests g `[B, K, D]`."""
+
+    ops = (sampler_step, denoise_mlp_loop)
+    item_table_key = "item_embeddings.weight"
+
+    config: DimeRecConfig
+
+    def __init__(self, config: DimeRecConfig, weights: Weights, bound: dict[str, BoundOp] | None = None) -> None:
+        super().__init__(config, weights, bound)
+        blocks = _input_blocks(config)
+        first, *rest = ((weights[f"denoiser.{i}.weight"], weights[f"denoiser.{i}.bias"]) for i in range(_depth(config)))
+        self._w_g, self._bias = first[0][:, blocks["g"]].contiguous(), first[1]
+        self.mlp = MLPWeights(first[0][:, blocks["x"]].contiguous(), tuple(rest), config.mlp_activation)
+        self._time_table = weights["step_embeddings.weight"] @ first[0][:, blocks["t"]].T
+
+    @classmethod
+    def weight_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
+        dim, interests = config.hidden_size, config.n_interests
+        shapes: dict[str, tuple[int, ...]] = {
+            "item_embeddings.weight": (config.n_rows, dim),
+            "step_embeddings.weight": (config.schedule.num_train_timesteps + 1, dim),
+        }
+        if config.guidance_extractor == "self_attention":
+            shapes["position_embeddings.weight"] = (config.max_seq_len, dim)
+            shapes |= {"interest.w_1.weight": (4 * dim, dim), "interest.w_1.bias": (4 * dim,)}
+            shapes |= {"interest.w_2.weight": (interests, 4 * dim), "interest.w_2.bias": (interests,)}
+        widths = ((interests + 2) * dim, *config.mlp_widths, dim)
+        for i in range(_depth(config)):
+            shapes |= {f"denoiser.{i}.weight": (widths[i + 1], widths[i]), f"denoiser.{i}.bias": (widths[i + 1],)}
+        return shapes
+
+    # --- guidance extraction ------------------------------------------------------------------------------------------
+
+    def encode(self, histories: Histories, item_table: Tensor) -> Tensor:
+        """g `[B, K, D]`."""
+        items, lengths = histories.items, histories.lengths
+        if items.shape[1] == 0:
+            return item_table.new_zeros(items.shape[0], self.config.n_interests, self.config.hidden_size)
+        if self.config.guidance_extractor == "last_items":
+            return self._last_items(items, lengths, item_table)
+        return self._self_attention(items, lengths, item_table)
+
+    def _last_items(self, items: Tensor, lengths: Tensor, item_table: Tensor) -> Tensor:
+        interests = self.config.n_interests
+        place = lengths[:, None] - interests + torch.arange(interests, device=items.device)
+        rows = torch.gather(items, 1, place.clamp(min=0))
+        present = (place >= 0) & (rows != self.config.pad_id)
+        return item_table[rows] * present[..., None]
+
+    def _self_attention(self, items: Tensor, lengths: Tensor, item_table: Tensor) -> Tensor:
+        w = self.weights
+        places = torch.arange(items.shape[1], device=items.device)
+        present = ((places < lengths[:, None]) & (items != self.config.pad_id))[..., None]
+        embedded = item_table[items] * present
+        placed = embedded + w["position_embeddings.weight"][places]
+        hidden = torch.tanh(F.linear(placed, w["interest.w_1.weight"], w["interest.w_1.bias"]))
+        logits = F.linear(hidden, w["interest.w_2.weight"], w["interest.w_2.bias"])
+        attention = torch.softmax(logits.masked_fill(~present, torch.finfo(logits.dtype).min), dim=1)
+        values = placed * present if self.config.positions_in_values else embedded
+        return attention.transpose(1, 2) @ values
+
+    # --- the diffusion on the sphere ----------------------------------------------------------------------------------
+
+    def prepare(self, condition: Tensor, plan: StepPlan, guidance_scale: float) -> DimeRecState:
+        if guidance_scale != 1.0:
+            raise InvalidArgument(
+                f"dimerec: guidance_scale must be 1 (got {guidance_scale:g}); the method has no unconditional branch"
+            )
+        rows = plan.timesteps + self.config.step_offset
+        last = self._time_table.shape[0] - 1
+        if not bool(((rows >= 0) & (rows <= last)).all()):
+            raise InvalidArgument(
+                f"dimerec: the timesteps of a plan, plus step_offset {self.config.step_offset}, must be rows 0..{last} "
+                f"of the step table (got {rows.tolist()}); make the plan from this model's schedule"
+            )
+        cond = F.linear(condition.flatten(1), self._w_g, self._bias)
+        return DimeRecState(cond, self._time_table[rows.to(self.device)])
+
+    def repeat(self, state: DimeRecState, num_samples: int) -> DimeRecState:
+        return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
+
+    def start(self, noise: Noise) -> Tensor:
+        x_T = super().start(noise)
+        return F.normalize(x_T, dim=-1) if self.config.normalize_start else x_T
+
+    def denoise(self, x_t: Tensor, step: int, state: DimeRecState) -> Tensor:
+        return self.mlp(x_t, state.cond, state.time[step])
+
+    def sample(self, state: DimeRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+        if self.config.normalize == "before":
+            return self._sample_normalizing_before(state, plan, noise, on_step)
+        if on_step is not None:
+            return super().sample(state, plan, noise, on_step)
+        loop = self.bound["denoise_mlp_loop"]
+        x_T = self.start(noise)
+        x_0: Tensor = loop(x_T, self.mlp, state.cond, None, 1.0, state.time, plan.coef, plan.normalize, noise)
+        return x_0
+
+    def _sample_normalizing_before(
+        self, state: DimeRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None
+    ) -> Tensor:
+        """Each step starts from x / |x|; the last one's result stays as it is. No table of coefficients says that."""
+        x_t = self.start(noise)
+        step_op = self.bound["sampler_step"]
+        for i, (c_out, c_xt, c_noise) in enumerate(plan.coef.tolist()):
+            x_t = F.normalize(x_t, dim=-1)
+            draw = noise.draw(1 + i) if c_noise else None
+            x_t = step_op(self.denoise(x_t, i, state), x_t, draw, c_out, c_xt, c_noise, plan.normalize)
+            if on_step is not None:
+                replaced = on_step(i, int(plan.timesteps[i]), x_t)
+                x_t = x_t if replaced is None else replaced
+        return x_t
+
+    # --- plans --------------------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        scheduler: str,
+        num_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float = 0.0,
+        spacing: str = "trailing",
+    ) -> StepPlan:
+        plan = super().plan(scheduler, num_steps, timesteps, eta, spacing)
+        if self.config.noise_scale == "sqrt":
+            return plan
+        variance = plan.coef * plan.coef.new_tensor([1.0, 1.0, 0.0])
+        variance[:, 2] = plan.coef[:, 2] ** 2
+        return replace(plan, coef=variance, name=f"{plan.name}-literal")
+
+    @property
+    def normalizes(self) -> bool:
+        return self.config.normalize == "after"
+
+
+def _depth(config: DimeRecConfig) -> int:
+    return len(config.mlp_widths) + 1
+
+
+def _input_blocks(config: DimeRecConfig) -> dict[str, slice]:
+    """The columns of the denoiser's first layer that read x_t, the step embedding and the interests."""
+    dim = config.hidden_size
+    width = {"x": dim, "t": dim, "g": config.n_interests * dim}
+    blocks, start = {}, 0
+    for name in config.mlp_input_order:
+        blocks[name] = slice(start, start + width[name])
+        start += width[name]
+    return blocks
