@@ -1,0 +1,407 @@
+"""ADRec: per-token diffusion over a clean history, conditioned by a causal encoder.
+
+Paper: "Unlocking the Power of Diffusion Models in Sequential Recommendation: A Simple and Effective Approach"
+(KDD 2025, arXiv 2505.19544). Where the paper is silent, what the authors' published inference does is meant here.
+
+Equations, for a history s_1 .. s_n padded on the left to L slots (slots are counted from 0):
+
+    condition        c = CAM(LN(E[s]))                              causal transformer, one row per slot
+    slots j < L - 1  hold the next slot's item, clean, at t = 0:    y_j = E[s at slot j + 1], E[0] at pad slots
+    slot L - 1       holds the sample x_t at its own t
+    denoiser         x_start = ADM(c + lambda (y + tau(t)))         causal transformer; or an MLP, slot by slot
+    time             tau(t) = W_2 silu(W_1 sinusoid(1000 t / T) + b_1) + b_2
+    update           x_prev = c_1 x_start + c_2 x_t + sqrt(beta_t) z,    no noise at t = 0
+    guidance         u + g (c - u), u the output where the condition is zero in every slot
+    score            x_0 . E^T
+
+Both transformers are post-norm: h = LN(x + attention(x)), out = LN(h + W_2 gelu_tanh(W_1 h)), LayerNorm eps 1e-12.
+
+What is constant over the steps is computed once. Attention is causal and the slots before the last are clean, so the
+encoder, the denoiser's prefix and its keys and values do not change: a step is one token. Of the prefix in the
+denoiser's last block only keys and values are needed; of the encoder's last block, under the MLP decoder, one row.
+
+Padding. The authors' mask replaces the scores of masked QUERY rows, so real slots attend to the pads before them, and a
+pad slot attends evenly to the slots up to itself, all of them pads. So in every layer the pad slots of all users hold
+one and the same vector, which depends on weights only, and are one key with log(number of pads) added to its logit.
+An empty history's last slot is a pad itself: it attends evenly to L - 1 pads and to itself.
+
+Shapes: B users, L window, n longest history of the batch, D hidden, H heads, G passes (2 under guidance), S steps,
+R = B x samples rows, N tokens of all prefixes together (packed, without padding).
+
+    encode   items [B, n] -> c_last [B, D]; conditions and targets of the prefixes [N, D]
+    prepare  keys [blocks, G, B, H, D / H, P], values alike, P = 1 pad key + n - 1 items; time [S, D]
+    denoise  x_t [R, D] -> x_start [R, D]
+
+Weights (the authors' names; * is a block number):
+
+    item_embedding.weight [N + 1, D]         E; row 0, the pad, is not zero, and their ranking can recommend it
+    hist_norm.{weight, bias} [D]
+    diffu.ag_encoder.transformer_blocks.*    CAM
+    diffu.net.decoder.transformer_blocks.*   ADM
+        .attention.linear_layers.{0, 1, 2}   queries, keys, values      .attention.w_layer   output projection
+        .feed_forward.{w_1, w_2}                                        .{input, output}_sublayer.norm
+    diffu.net.decoder.{0, 2, 3}              the MLP decoder: Linear D -> 4 D, SiLU, Linear 4 D -> D, LN (eps 1e-5)
+    diffu.net.time_embed.{0, 2}              W_1, W_2 of tau
+
+Quirks kept: sigma is sqrt(beta_t), not the posterior's; there are no positions; `geodesic` puts targets and, after each
+update, x on the unit sphere; the sinusoids are float32 whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.config import ADRecConfig
+from fastdiff.models.base import Histories, Model, OnStep, Weights
+from fastdiff.models.layers import RaggedRows, attend, sinusoidal_embedding, split_heads
+from fastdiff.noise import Noise
+from fastdiff.ops.backend import BoundOp
+from fastdiff.ops.denoise_attention_loop import (
+    BlockWeights,
+    CausalPrefix,
+    denoise_attention_loop,
+    denoise_attention_step_ref,
+)
+from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, guided
+from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.plan import StepPlan
+
+NORM_EPS = 1e-12
+MLP_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class CleanSlots:
+    """The slots before the last one: condition and target, both [N, D], packed as `rows` says."""
+
+    rows: RaggedRows
+    condition: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class ADRecCondition:
+    """lengths [B]; last [B, D], c at the denoised slot; the clean slots, where the decoder attends to them."""
+
+    lengths: Tensor
+    last: Tensor
+    clean: CleanSlots | None = None
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """prefix: what the last slot attends to; time [S, D], lambda tau(t) of each step."""
+
+    prefix: CausalPrefix
+    time: Tensor
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class MLPState:
+    """cond [R, 4 D], uncond [1, 4 D], time [S, 4 D]: what each adds to the first layer."""
+
+    cond: Tensor
+    uncond: Tensor | None
+    time: Tensor
+    guidance_scale: float
+
+
+ADRecState = AttentionState | MLPState
+
+
+class ADRec(Model[ADRecCondition, ADRecState]):
+    """ADRec with either decoder; see the module's docstring."""
+
+    ops = (sampler_step, denoise_mlp_loop, denoise_attention_loop)
+    item_table_key = "item_embedding.weight"
+    config: ADRecConfig
+
+    def __init__(self, config: ADRecConfig, weights: Weights, bound: dict[str, BoundOp] | None = None) -> None:
+        super().__init__(config, weights, bound)
+        self.lambda_ = config.lambda_uncertainty
+        self.clean_time = self.lambda_ * self.time_embedding(torch.zeros(1, device=self.device))[0]
+        pad_item = self.item_table[config.pad_id]
+
+        self.encoder = [
+            _block(weights, f"{_ENCODER}.{layer}", config.n_heads) for layer in range(config.n_encoder_layers)
+        ]
+        self.encoder_pads = _PadChain(self.encoder, self.normed(pad_item).unsqueeze(0))
+        if config.decoder == "mlp":
+            self.mlp = self._mlp()
+            return
+        self.decoder = tuple(
+            _block(weights, f"{_DECODER}.{layer}", config.n_heads) for layer in range(config.n_decoder_layers)
+        )
+        pad_input = self.lambda_ * self.target(pad_item) + self.clean_time
+        with_condition = self.encoder_pads.output[0] + pad_input
+        self.decoder_pads = _PadChain(self.decoder, torch.stack([with_condition, pad_input]))
+
+    @classmethod
+    def weight_shapes(cls, config: ADRecConfig) -> dict[str, tuple[int, ...]]:
+        dim = config.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"item_embedding.weight": (config.n_rows, dim)}
+        shapes |= _norm_shapes("hist_norm", dim)
+        shapes |= _linear_shapes("diffu.net.time_embed.0", dim, 4 * dim)
+        shapes |= _linear_shapes("diffu.net.time_embed.2", 4 * dim, dim)
+        blocks = [f"{_ENCODER}.{layer}" for layer in range(config.n_encoder_layers)]
+        if config.decoder == "mlp":
+            shapes |= _linear_shapes("diffu.net.decoder.0", dim, 4 * dim)
+            shapes |= _linear_shapes("diffu.net.decoder.2", 4 * dim, dim)
+            shapes |= _norm_shapes("diffu.net.decoder.3", dim)
+        else:
+            blocks += [f"{_DECODER}.{layer}" for layer in range(config.n_decoder_layers)]
+        for block in blocks:
+            for part in ("linear_layers.0", "linear_layers.1", "linear_layers.2", "w_layer"):
+                shapes |= _linear_shapes(f"{block}.attention.{part}", dim, dim)
+            shapes |= _linear_shapes(f"{block}.feed_forward.w_1", dim, 4 * dim)
+            shapes |= _linear_shapes(f"{block}.feed_forward.w_2", 4 * dim, dim)
+            shapes |= _norm_shapes(f"{block}.input_sublayer.norm", dim)
+            shapes |= _norm_shapes(f"{block}.output_sublayer.norm", dim)
+        return shapes
+
+    @property
+    def normalizes(self) -> bool:
+        return self.config.geodesic
+
+    # --- pieces -------------------------------------------------------------------------------------------------------
+
+    def normed(self, embeddings: Tensor) -> Tensor:
+        """The history stream: LN(E[s])."""
+        weight, bias = self.weights["hist_norm.weight"], self.weights["hist_norm.bias"]
+        return F.layer_norm(embeddings, embeddings.shape[-1:], weight, bias, NORM_EPS)
+
+    def target(self, embeddings: Tensor) -> Tensor:
+        """The target stream: E[s], on the unit sphere where the model is geodesic."""
+        return F.normalize(embeddings, p=2.0, dim=-1) if self.config.geodesic else embeddings
+
+    def time_embedding(self, timesteps: Tensor) -> Tensor:
+        """tau [S, D] of training timesteps [S]."""
+        fed = timesteps.to(torch.float32)
+        if self.config.rescale_timesteps:
+            fed = fed * (1000.0 / self.schedule.num_train_timesteps)
+        sinusoid = sinusoidal_embedding(fed, self.config.hidden_size, "cos_sin", "half").to(self.dtype)
+        return self._linear("diffu.net.time_embed.2", F.silu(self._linear("diffu.net.time_embed.0", sinusoid)))
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _mlp(self) -> MLPWeights:
+        """W_1 (c + lambda (x + tau)) + b_1 = (lambda W_1) x + (W_1 c + b_1) + W_1 (lambda tau)."""
+        weights, name = self.weights, "diffu.net.decoder"
+        return MLPWeights(
+            w_in=self.lambda_ * weights[f"{name}.0.weight"],
+            layers=((weights[f"{name}.2.weight"], weights[f"{name}.2.bias"]),),
+            activation="silu",
+            out_norm=(weights[f"{name}.3.weight"], weights[f"{name}.3.bias"], MLP_NORM_EPS),
+        )
+
+    # --- the protocol -------------------------------------------------------------------------------------------------
+
+    def encode(self, histories: Histories, item_table: Tensor) -> ADRecCondition:
+        lengths, width = histories.lengths, histories.items.shape[1]
+        rows = RaggedRows.of(lengths, width)
+        embeddings = item_table[rows.pack(histories.items)]
+        log_pads = torch.log((self.config.max_seq_len - lengths).to(self.dtype))
+        bias = _causal_bias(log_pads, width)
+        only_last = self.config.decoder == "mlp"
+
+        hidden = self.normed(embeddings)
+        blocks = self.encoder[:-1] if only_last else self.encoder
+        for layer, block in enumerate(blocks):
+            hidden, _, _ = _run_block(block, hidden, rows, self.encoder_pads.keys_values[layer], bias)
+        if only_last:
+            return ADRecCondition(lengths, self._last_row(rows, hidden, log_pads))
+
+        # slot j holds the item of slot j + 1, so a history of n items has n - 1 clean ones
+        shorter = RaggedRows.of((lengths - 1).clamp(min=0), max(width - 1, 0))
+        clean = CleanSlots(
+            shorter,
+            condition=shorter.pack(rows.pad(hidden)[:, : shorter.width]),
+            target=shorter.pack(self.target(rows.pad(embeddings)[:, 1:])),
+        )
+        return ADRecCondition(lengths, rows.last(hidden, self.encoder_pads.output[0]), clean)
+
+    def _last_row(self, rows: RaggedRows, hidden: Tensor, log_pads: Tensor) -> Tensor:
+        """The encoder's last block for the last slot of each user only: one query over all of the user's keys."""
+        block, pads = self.encoder[-1], self.encoder_pads
+        keys_values = rows.pad(block.keys_values(hidden))
+        key, value = _with_pad_key(keys_values, pads.keys_values[-1], block.n_heads)
+        last = rows.last(hidden, pads.inputs[-1][0])
+        query = split_heads(block.queries(last).unsqueeze(1), block.n_heads)
+        bias = _key_bias(log_pads, rows.lengths, rows.width)[:, None, None, :]
+        return block.finish(last, attend(query, key, value, bias).squeeze(1))
+
+    def prepare(self, condition: ADRecCondition, plan: StepPlan, guidance_scale: float) -> ADRecState:
+        time = self.lambda_ * self.time_embedding(plan.timesteps.to(self.device))
+        if condition.clean is not None:
+            prefix = self._prefix(condition, condition.clean, 1 if guidance_scale == 1.0 else 2)
+            return AttentionState(prefix, time, guidance_scale)
+        w_in, b_in = self.weights["diffu.net.decoder.0.weight"], self.weights["diffu.net.decoder.0.bias"]
+        uncond = None if guidance_scale == 1.0 else b_in.unsqueeze(0)
+        return MLPState(F.linear(condition.last, w_in, b_in), uncond, time @ w_in.T, guidance_scale)
+
+    def _prefix(self, condition: ADRecCondition, clean: CleanSlots, branches: int) -> CausalPrefix:
+        """Keys and values of the clean slots in every block of the denoiser, for its one or two passes."""
+        rows, lengths = clean.rows, condition.lengths
+        users = lengths.shape[0]
+        # an empty history's last slot is one of its L pads, and the prefix holds the others
+        log_pads = torch.log((self.config.max_seq_len - lengths.clamp(min=1)).to(self.dtype))
+        bias = _causal_bias(log_pads, rows.width).repeat(branches, 1, 1, 1)
+        uncond = self.lambda_ * clean.target + self.clean_time
+        hidden = torch.cat([clean.condition + uncond, uncond][:branches])
+        all_rows = rows.repeat(branches)
+
+        keys, values = [], []
+        for layer, block in enumerate(self.decoder):
+            pad = self.decoder_pads.keys_values[layer][:branches].repeat_interleave(users, dim=0)
+            if layer < len(self.decoder) - 1:
+                hidden, key, value = _run_block(block, hidden, all_rows, pad, bias)
+            else:
+                key, value = _with_pad_key(all_rows.pad(block.keys_values(hidden)), pad, block.n_heads)
+            keys.append(key.transpose(-1, -2))
+            values.append(value)
+        empty = lengths == 0
+        return CausalPrefix(
+            cond=torch.stack([condition.last, torch.zeros_like(condition.last)][:branches]),
+            keys=_by_branch(keys, branches),
+            values=_by_branch(values, branches),
+            key_bias=_key_bias(log_pads, rows.lengths, rows.width),
+            uniform=empty if bool(empty.any()) else None,
+        )
+
+    def repeat(self, state: ADRecState, num_samples: int) -> ADRecState:
+        if isinstance(state, AttentionState):
+            return state  # a user's samples share its prefix
+        return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
+
+    def denoise(self, x_t: Tensor, step: int, state: ADRecState) -> Tensor:
+        if isinstance(state, AttentionState):
+            return denoise_attention_step_ref(
+                x_t, self.decoder, state.prefix, state.guidance_scale, self.lambda_, state.time[step]
+            )
+        output = self.mlp(x_t, state.cond, state.time[step])
+        if state.uncond is None:
+            return output
+        return guided(self.mlp(x_t, state.uncond, state.time[step]), output, state.guidance_scale)
+
+    def sample(self, state: ADRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
+        if on_step is not None:
+            return super().sample(state, plan, noise, on_step)
+        x_t, scale = self.start(noise), state.guidance_scale
+        x_0: Tensor
+        if isinstance(state, AttentionState):
+            x_0 = self.bound["denoise_attention_loop"](
+                x_t, self.decoder, state.prefix, scale, self.lambda_, state.time, plan.coef, plan.normalize, noise
+            )
+        else:
+            x_0 = self.bound["denoise_mlp_loop"](
+                x_t, self.mlp, state.cond, state.uncond, scale, state.time, plan.coef, plan.normalize, noise
+            )
+        return x_0
+
+
+# --- attention over one pad key and a user's items --------------------------------------------------------------------
+
+
+class _PadChain:
+    """The vector that all pad slots share, block by block, for G passes.
+
+    A pad slot attends evenly to pads only, so what it gathers is their common value.
+
+    inputs [blocks] of [G, D]    keys_values [blocks] of [G, 2 D]    output [G, D]
+    """
+
+    def __init__(self, blocks: Sequence[BlockWeights], hidden: Tensor) -> None:
+        dim = hidden.shape[-1]
+        self.inputs: list[Tensor] = []
+        self.keys_values: list[Tensor] = []
+        for block in blocks:
+            self.inputs.append(hidden)
+            self.keys_values.append(block.keys_values(hidden))
+            hidden = block.finish(hidden, self.keys_values[-1][:, dim:])
+        self.output = hidden
+
+
+def _run_block(
+    block: BlockWeights, hidden: Tensor, rows: RaggedRows, pad: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block over packed rows [N, D]; also its keys and values [B, H, 1 + n, D / H]. pad as in `_with_pad_key`."""
+    dim = hidden.shape[-1]
+    qkv = rows.pad(block.project(hidden))
+    key, value = _with_pad_key(qkv[..., dim:], pad, block.n_heads)
+    gathered = attend(split_heads(qkv[..., :dim], block.n_heads), key, value, bias)
+    return block.finish(hidden, rows.pack(gathered)), key, value
+
+
+def _with_pad_key(keys_values: Tensor, pad: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, 1 + n, D / H], the pad's in front. keys_values [B, n, 2 D]   pad [B or 1, 2 D]"""
+    first = pad.unsqueeze(1).expand(keys_values.shape[0], -1, -1)
+    key, value = torch.cat([first, keys_values], dim=1).chunk(2, dim=-1)
+    return split_heads(key, n_heads), split_heads(value, n_heads)
+
+
+def _by_branch(per_block: list[Tensor], branches: int) -> Tensor:
+    """Blocks of [G B, H, ..] as one contiguous [blocks, G, B, H, ..]."""
+    stacked = torch.stack(per_block)
+    return stacked.view(len(per_block), branches, stacked.shape[1] // branches, *stacked.shape[2:])
+
+
+def _causal_bias(log_pads: Tensor, width: int) -> Tensor:
+    """[B, 1, n, 1 + n]: log(number of pads) on the pad key, then 0 up to the query's own slot and -inf after it."""
+    later = torch.full((width, width), -torch.inf, dtype=log_pads.dtype, device=log_pads.device).triu(1)
+    users = log_pads.shape[0]
+    pads = log_pads.view(users, 1, 1, 1).expand(users, 1, width, 1)
+    return torch.cat([pads, later.expand(users, 1, width, width)], dim=-1)
+
+
+def _key_bias(log_pads: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """[B, 1 + n]: log(number of pads) on the pad key, then 0 on a user's own keys and -inf beyond them."""
+    absent = torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1)
+    items = torch.zeros(absent.shape, dtype=log_pads.dtype, device=log_pads.device)
+    return torch.cat([log_pads.unsqueeze(1), items.masked_fill(absent, -torch.inf)], dim=1)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+_ENCODER = "diffu.ag_encoder.transformer_blocks"
+_DECODER = "diffu.net.decoder.transformer_blocks"
+
+
+def _block(weights: Weights, name: str, n_heads: int) -> BlockWeights:
+    """A block from the authors' parameters: three projections fused, the logits' scale folded into the queries."""
+
+    def pair(part: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.{part}.weight"], weights[f"{name}.{part}.bias"]
+
+    (w_q, b_q), (w_k, b_k), (w_v, b_v) = (pair(f"attention.linear_layers.{i}") for i in range(3))
+    scale = math.sqrt(w_q.shape[0] / n_heads)
+    out, up, down = pair("attention.w_layer"), pair("feed_forward.w_1"), pair("feed_forward.w_2")
+    return BlockWeights(
+        qkv_weight=torch.cat([w_q / scale, w_k, w_v]),
+        qkv_bias=torch.cat([b_q / scale, b_k, b_v]),
+        out_weight=out[0],
+        out_bias=out[1],
+        norm_1=pair("input_sublayer.norm"),
+        up_weight=up[0],
+        up_bias=up[1],
+        down_weight=down[0],
+        down_bias=down[1],
+        norm_2=pair("output_sublayer.norm"),
+        n_heads=n_heads,
+        eps=NORM_EPS,
+    )
+
+
+def _linear_shapes(name: str, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
+
+
+def _norm_shapes(name: str, dim: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
