@@ -26,7 +26,6 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 
 MAX_SAMPLES = 1 << 16
-MAX_DIM = 1 << 18
 
 _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
@@ -88,7 +87,7 @@ class GeneratorNoise(Noise):
         if self._drawn is not None and self._drawn[0] == index:
             return self._drawn[1]
         users, samples, dim = self.shape
-        if len(self.generators) == 1 and users != 0:
+        if len(self.generators) == 1:
             values = self._randn((users * samples, dim), self.generators[0])
         else:
             rows = [self._randn((samples, dim), generator) for generator in self.generators]

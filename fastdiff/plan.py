@@ -176,6 +176,11 @@ def shifted_ddim(schedule: Schedule, stride: int, noise: str = "none") -> StepPl
     if not isinstance(stride, int) or isinstance(stride, bool) or not 1 <= stride <= total:
         raise InvalidArgument(f"shifted_ddim: stride must be an int in 1..{total} (got {stride!r})")
     grid = list(range(0, total + 1, stride))
+    if noise == "posterior_by_grid_index" and len(grid) > total:
+        raise InvalidArgument(
+            f"shifted_ddim: noise 'posterior_by_grid_index' needs a stride of at least 2 (got {stride}): the last of "
+            f"the {len(grid)} grid points would read entry {len(grid) - 1} of a table that ends at {total - 1}"
+        )
     index = [0] + [point - 1 for point in grid[1:]]
     abar = schedule.alphas_cumprod[index]
     abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
