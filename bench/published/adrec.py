@@ -5,9 +5,9 @@ Paper: "Unlocking the Power of Diffusion Models in Sequential Recommendation: A 
 the yardstick of tests and benchmarks: parameter names and the attributes that hold settings are theirs, so their state
 dicts load, and `fastdiff.accelerate` sees what a live module of theirs shows it.
 
-Beyond their code: it runs in any floating dtype (sinusoids and gathered schedule entries are evaluated as they do and
-then cast to the model's dtype, a no-op in float32), histories of 0 and 1 items work, and the numbers of heads and
-blocks, which they fix at 4 and 2, can be given.
+Beyond their code: it runs in any floating dtype (where they cast to float32, it casts to the model's dtype; sinusoids
+stay float32), histories of 0 and 1 items and chains of one step work, and the numbers of heads and blocks, which they
+fix at 4 and 2, can be given.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ def _from_alpha_bar(alpha_bar: Any, steps: int) -> np.ndarray:
 
 
 def gather(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
-    """Entries of a float64 table at t [B, L], rounded to float32, shaped like `like` [B, L, D]."""
-    values = torch.from_numpy(table).to(t.device)[t].float()
-    return values[..., None].expand(like.shape).to(like.dtype)
+    """Entries of a float64 table at t [B, L], rounded to the dtype of `like` [B, L, D] and shaped like it."""
+    return torch.from_numpy(table).to(t.device)[t].to(like.dtype)[..., None].expand(like.shape)
 
 
 # --- the transformer --------------------------------------------------------------------------------------------------
@@ -246,7 +245,9 @@ class Diffusion(nn.Module):
 
     def p_sample(self, c: Tensor, x_t: Tensor, t: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
         x_0 = self.predict(c, x_t, t, mask)
-        variance = np.append(self.posterior_variance[min(1, self.num_timesteps - 1)], self.betas[1:])
+        # the entry at t = 0 is multiplied by 0; a chain of one step has no posterior_variance[1] to put there
+        first = self.posterior_variance[1:2] if self.num_timesteps > 1 else self.betas
+        variance = np.append(first, self.betas[1:])
         log_variance = gather(np.log(variance), t, x_t)
         mean = gather(self.posterior_mean_coef1, t, x_t) * x_0 + gather(self.posterior_mean_coef2, t, x_t) * x_t
         not_last = (t != 0).to(x_t.dtype).unsqueeze(-1)

@@ -117,8 +117,8 @@ class CausalPrefix:
 
     def _per_head(self, per_user: Tensor) -> Tensor:
         _, branches, users, heads = self.keys.shape[:4]
-        width = per_user.shape[-1]
-        return per_user[None, :, None].expand(branches, users, heads, width).reshape(-1, 1, width)
+        expanded = per_user[None, :, None].expand(branches, users, heads, per_user.shape[-1])
+        return expanded.flatten(0, 2).unsqueeze(1)
 
 
 def denoise_attention_step_ref(
