@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 from fastdiff.noise import GivenNoise, Noise
 from fastdiff.ops.denoise_attention_loop import BlockWeights, CausalPrefix, denoise_attention_loop
-from tests.tolerances import FLOOR, assert_agree, relative_error
+from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 BACKENDS = denoise_attention_loop.available("cpu")
 
@@ -187,8 +187,8 @@ def test_is_its_formula(backend: str, setting: dict[str, Any]) -> None:
     op = denoise_attention_loop.bind(backend, "cpu")
     ours = op(*single.values())
     assert ours.dtype == torch.float32
-    # one block on a width of 1 or 3 can sit on a LayerNorm of nearly equal numbers, where both lose the same digits
-    assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + 10 * FLOOR[torch.float32]
+    # guidance and near-constant rows under a LayerNorm amplify rounding, in the twin or in ours
+    assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + AGREE[torch.float32]
     if backend == "torch":
         assert_agree(op(*exact.values()), truth, torch.float64)
 
