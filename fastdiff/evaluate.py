@@ -128,7 +128,8 @@ def _policy(
         score = config.published_seen_score
         drops_seen = False
         lines = [
-            f"ranking: published, as the authors rank (candidates: all {config.n_rows} rows of the table, with {special})",
+            "ranking: published, as the authors rank "
+            f"(candidates: all {config.n_rows} rows of the item table, {special} included)",
             "seen items: ranked like all others"
             if score is None
             else f"seen items: scores set to {score:g}, still ranked",

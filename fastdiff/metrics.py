@@ -28,7 +28,7 @@ Ids = Tensor | npt.NDArray[Any] | Sequence[Any]
 
 
 class RankingMetrics:
-    """The accumulator: `update` per batch, `compute` at any time. Its state is counts: batching and order do not matter.
+    """The accumulator: `update` per batch, `compute` at any time. It holds counts: batching and order do not matter.
 
     top_ks         the cut-offs k
     catalogue_ids  external ids of the items that coverage counts (None: no coverage); ids of a list that are not among

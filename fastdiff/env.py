@@ -1,0 +1,136 @@
+"""What this installation is and can do: versions, devices, and for each backend "yes" or the reason why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+import fastdiff
+from fastdiff import ops
+from fastdiff.ops.backend import BACKENDS, why_not
+
+
+def collect() -> dict[str, Any]:
+    """The facts as one JSON-ready dict.
+
+    versions   fastdiff, python, torch, triton, numpy; None where a package is not installed
+    devices    [{"device", "name", ...}], the CPU first
+    threads    of torch
+    extension  {"built": bool, ...}: facts and CPU capabilities of the C++ library, or why it cannot be loaded
+    backends   name -> {"available": bool, "why_not": {device: reason}}
+    ops        op -> {backend: None or the reason why not}, for the device on which that backend would run
+    """
+    devices = _devices()
+    places = list(dict.fromkeys(torch.device(device["device"]).type for device in devices))
+    return {
+        "versions": {
+            "fastdiff": fastdiff.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        },
+        "platform": platform.platform(),
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "extension": _extension(),
+        "backends": {backend: _backend(backend, places) for backend in BACKENDS},
+        "ops": {
+            op.name: {backend: _first_reason([op.why_not(backend, place) for place in places]) for backend in BACKENDS}
+            for op in ops.ALL
+        },
+    }
+
+
+def report(facts: dict[str, Any]) -> str:
+    """The facts of `collect` as text for people."""
+    lines = [
+        "versions   " + "  ".join(f"{name} {value or 'not installed'}" for name, value in facts["versions"].items()),
+        f"platform   {facts['platform']}",
+    ]
+    for device in facts["devices"]:
+        details = ", ".join(f"{value}" for name, value in device.items() if name != "device")
+        lines.append(f"device     {device['device']}: {details}")
+    lines.append(f"threads    {facts['threads']} (OMP_NUM_THREADS or torch.set_num_threads changes it)")
+    extension = facts["extension"]
+    if extension["built"]:
+        built = ", ".join(f"{name} {value}" for name, value in extension["facts"].items())
+        usable = ", ".join(name for name, value in extension["cpu_capabilities"].items() if value) or "baseline only"
+        lines += [f"C++ part   built: {built}", f"CPU        {usable}"]
+    else:
+        lines.append(f"C++ part   not available: {extension['why_not']}")
+    lines.append("backends")
+    for name, backend in facts["backends"].items():
+        reasons = "; ".join(f"on {device}: {reason}" for device, reason in backend["why_not"].items())
+        lines.append(f"  {name:<8} {'yes' if backend['available'] else 'no'}{f' ({reasons})' if reasons else ''}")
+    if facts["ops"]:
+        width = max(map(len, facts["ops"])) + 2
+        lines.append("ops" + " " * (width + 1) + "".join(f"{backend:<8}" for backend in BACKENDS))
+        for op, reasons in facts["ops"].items():
+            cells = "".join(f"{'yes' if reasons[backend] is None else '-':<8}" for backend in BACKENDS)
+            lines.append(f"  {op:<{width}}{'':<2}{cells}".rstrip())
+        refused = dict.fromkeys(
+            f"  {op} on {backend}: {reason}"
+            for op, reasons in facts["ops"].items()
+            for backend, reason in reasons.items()
+            if reason is not None and facts["backends"][backend]["available"]
+        )
+        lines += refused
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [{"device": "cpu", "name": _cpu_name(), "cores": f"{os.cpu_count()} logical cores"}]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            devices.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": facts.name,
+                    "capability": f"sm_{facts.major}{facts.minor}",
+                    "memory": f"{facts.total_memory / 2**30:.1f} GiB",
+                }
+            )
+    return devices
+
+
+def _cpu_name() -> str:
+    """The processor's own name: Linux keeps it in /proc/cpuinfo, where `platform.processor()` is often empty."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _extension() -> dict[str, Any]:
+    try:
+        from fastdiff import _C  # absent where no compiler was at hand; this is the place that says so
+    except ImportError as error:
+        return {
+            "built": False,
+            "why_not": f"{error}; install fastdiff where a C++ compiler is, with `pip install --no-build-isolation .`",
+        }
+    return {"built": True, "facts": dict(_C.build_facts()), "cpu_capabilities": dict(_C.cpu_capabilities())}
+
+
+def _backend(backend: str, places: list[str]) -> dict[str, Any]:
+    reasons = {place: reason for place in places if (reason := why_not(backend, place)) is not None}
+    available = len(reasons) < len(places)
+    return {"available": available, "why_not": {} if available else reasons}
+
+
+def _first_reason(reasons: list[str | None]) -> str | None:
+    """None where one of the devices runs it; else what the last device lacks (a GPU, where there is one)."""
+    return None if None in reasons else reasons[-1]
