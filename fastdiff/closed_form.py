@@ -85,13 +85,14 @@ def collapse(plan: StepPlan, w_x: Tensor, time: Tensor) -> ClosedForm:
         if c_noise:
             covariance += c_noise**2 * (propagator @ propagator.T)
         propagator = propagator @ (c_out * matrix + c_xt * identity)
-        amplification = max(amplification, float(torch.linalg.matrix_norm(propagator)))
-        if not amplification <= MAX_AMPLIFICATION:
+        norm = float(torch.linalg.matrix_norm(propagator))
+        if not norm <= MAX_AMPLIFICATION:  # NaN too
             raise InvalidArgument(
-                f"closed_form: the chain amplifies its input (by {amplification:.3g} over its last "
+                f"closed_form: the chain amplifies its input (by {norm:.3g} over its last "
                 f"{plan.num_steps - i} steps); at most {MAX_AMPLIFICATION:g} is accepted, or one draw would lose its "
                 "digits; use scheduler='ddpm'"
             )
+        amplification = max(amplification, norm)
     covariance += propagator @ propagator.T
     covariance = (covariance + covariance.T) / 2
     return ClosedForm(gain.to(w_x), offset.to(w_x), _factor(covariance).to(w_x), covariance, amplification)
