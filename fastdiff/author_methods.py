@@ -57,7 +57,7 @@ def _schedule(
     if betas is None:
         return named() | {"arithmetic": arithmetic}
     steps = betas.shape[0]
-    reader.agree(steps_name, steps, "the number of betas")
+    reader.agree(steps_name, steps, "their number", "the betas")
     given = betas.to(ARITHMETIC[arithmetic])
     for family in families(steps):
         candidate = family | {"num_train_timesteps": steps, "arithmetic": arithmetic}

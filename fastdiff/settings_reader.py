@@ -100,11 +100,11 @@ class Reader:
         numbers = [int(match[1]) for match in map(pattern.match, self.weights) if match]
         return max(numbers, default=-1) + 1
 
-    def agree(self, name: str, actual: Any, source: str) -> None:
+    def agree(self, name: str, actual: Any, source: str, holder: str = "the weights") -> None:
         """A setting that restates what the weights show must say the same."""
         if self.has(name) and not same_value(self.settings.values[name], actual):
             stated = shortened(self.settings.values[name])
-            self.problems.append(f"{name} is {stated} in the settings and {actual} in the weights ({source})")
+            self.problems.append(f"{name} is {stated} in the settings and {actual} in {holder} ({source})")
 
     def finish(self, known: frozenset[str]) -> None:
         parts = list(self.problems)
@@ -118,7 +118,7 @@ class Reader:
         unknown = sorted(self.settings.stated - known - {"method", "betas"})
         if unknown:
             logger.warning(
-                "%s: settings that fastdiff does not know, and did not use: %s", self.where, ", ".join(unknown)
+                "%s: settings that fastdiff does not know and did not use: %s", self.where, ", ".join(unknown)
             )
 
 

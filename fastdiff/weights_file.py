@@ -5,7 +5,7 @@ Whatever a file holds is data here: a pickled module is refused, because unpickl
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,24 +88,18 @@ def read_weights(path: str | Path) -> Weights:
 def _load_pickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error):
-            raise _unreadable(path, error) from error
+    except Exception as error:  # an unpickler that reads foreign bytes may raise anything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise CheckpointError(
+                f"{path}: cannot be read as a PyTorch file ({type(error).__name__}); the file is truncated or of "
+                "another format: copy or save it again"
+            ) from error
         raise CheckpointError(
-            f"{path}: holds pickled Python objects, not only tensors; they are not loaded, because that runs code from "
-            "the file. Where you trust it, load it in the authors' code and save its state dict: "
+            f"{path}: holds pickled Python objects ({refused[1]}), not only tensors; they are not loaded, because that "
+            "runs code from the file. Where you trust it, load it in the authors' code and save its state dict: "
             "torch.save(model.state_dict(), 'weights.pth')"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    first_line = str(error).partition("\n")[0] or type(error).__name__
-    return CheckpointError(
-        f"{path}: cannot be read as a PyTorch file ({first_line}); the file is truncated or of another format: copy or "
-        "save it again"
-    )
 
 
 def _state_dict_in(content: Any, where: str) -> Weights:
