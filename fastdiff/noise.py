@@ -31,6 +31,7 @@ _MASK32 = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_NORMALS_AT_ONCE = 1 << 18  # a stretch of draws whose temporaries stay in a core's cache
 _TWO_PI = 6.2831855  # 2 pi rounded to float32
 
 
@@ -102,33 +103,52 @@ class GeneratorNoise(Noise):
 class PhiloxNoise(Noise):
     """Draws that depend on (seed, row key, sample, draw, dim) only: batch, order, threads and device do not matter.
 
+    A sampler asks for draws 0, 1, 2, ..: they are made in stretches of 1, 2, 4, .. because one draw of a few rows costs
+    little more than the hundred small tensor operations that it takes.
+
     row_key  [R] int64   sample  [R] int64, the sample index of each row
     """
 
     def __init__(self, seed: int, row_key: Tensor, sample: Tensor, dim: int, dtype: torch.dtype) -> None:
         self.seed, self.row_key, self.sample = seed, row_key, sample
         self.dim, self.dtype = dim, dtype
+        self._made = range(0)
+        self._values: Tensor | None = None
+        self._longest = max(1, _NORMALS_AT_ONCE // max(1, row_key.shape[0] * dim))
 
     def draw(self, index: int) -> Tensor:
-        return philox_normal(self.seed, self.row_key, self.sample, index, self.dim).to(self.dtype)
+        if self._values is None or index not in self._made:
+            follows = index == self._made.stop
+            length = min(2 * len(self._made), self._longest) if follows and index > 0 else 1
+            self._made = range(index, index + length)
+            draws = torch.arange(index, index + length, device=self.row_key.device)
+            self._values = philox_normals(self.seed, self.row_key, self.sample, draws, self.dim).to(self.dtype)
+        return self._values[index - self._made.start]
 
 
 def philox_normal(seed: int, row_key: Tensor, sample: Tensor, draw: int, dim: int) -> Tensor:
-    """Standard normals `[R, dim]` float32 for draw number `draw`.
+    """Standard normals `[R, dim]` float32 for draw number `draw`; see `philox_normals`."""
+    return philox_normals(seed, row_key, sample, torch.tensor([draw], device=row_key.device), dim)[0]
 
-    seed     int of 64 bits                row_key  [R] int64          sample  [R] int64 in 0 .. 2^16 - 1
+
+def philox_normals(seed: int, row_key: Tensor, sample: Tensor, draws: Tensor, dim: int) -> Tensor:
+    """Standard normals `[n, R, dim]` float32 for the draws numbered `draws`.
+
+    seed     int of 64 bits                draws   [n] int64
+    row_key  [R] int64                     sample  [R] int64 in 0 .. 2^16 - 1
     """
     blocks = torch.arange((dim + 3) // 4, device=row_key.device, dtype=torch.int64)
+    key = row_key[None, :, None]
     counter = (
-        (row_key & _MASK32).unsqueeze(1),
-        ((row_key >> 32) & _MASK32).unsqueeze(1),
-        torch.full((1, 1), draw & _MASK32, device=row_key.device, dtype=torch.int64),
-        (sample.unsqueeze(1) << 16) | blocks.unsqueeze(0),
+        key & _MASK32,
+        (key >> 32) & _MASK32,
+        draws[:, None, None] & _MASK32,
+        (sample[None, :, None] << 16) | blocks,
     )
     words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
     first, second = _box_muller(words[0], words[1])
     third, fourth = _box_muller(words[2], words[3])
-    return torch.stack([first, second, third, fourth], dim=-1).flatten(1)[:, :dim]
+    return torch.stack([first, second, third, fourth], dim=-1).flatten(2)[..., :dim]
 
 
 def philox4x32(
