@@ -105,21 +105,7 @@ class SequenceFile:
                     f"{where}: a user without items (got {_shown(text)}); {_LINE}, with at least one item; "
                     "leave users without a history out of the file"
                 )
-            yield UserSequence(user, self._items(rest[0], where), where)
-
-    def _items(self, text: str, where: str) -> list[ItemId]:
-        tokens = text.split()
-        if self.id_type is str:
-            return list(tokens)
-        if not _NOT_AN_INT.search(text):
-            try:
-                items: list[ItemId] = list(map(int, tokens))
-            except ValueError:
-                pass  # such as 1-2: the loop below names it
-            else:
-                if min(items) in _INT64 and max(items) in _INT64:
-                    return items
-        return [_int_id(token, where) for token in tokens]
+            yield UserSequence(user, parse_items(rest[0], self.id_type, where), where)
 
     def _read_inter(self, columns: _Columns) -> Iterator[UserSequence]:
         users: dict[str, list[tuple[float, ItemId]]] = {}
@@ -144,6 +130,28 @@ class SequenceFile:
         for user in _sorted_users(users):
             events = sorted(users[user], key=lambda event: event[0])
             yield UserSequence(user, [item for _, item in events], lines[user])
+
+
+def parse_items(text: str, id_type: IdType, where: str) -> list[ItemId]:
+    """The item ids of a text, separated by white space; `where` is named in errors."""
+    tokens = text.split()
+    if id_type is str:
+        return list(tokens)
+    if tokens and not _NOT_AN_INT.search(text):
+        try:
+            items = list(map(int, tokens))
+        except ValueError:
+            pass  # such as 1-2: the loop below names it
+        else:
+            if min(items) in _INT64 and max(items) in _INT64:
+                return list(items)
+    return [_int_id(token, where) for token in tokens]
+
+
+def read_items(path: str | Path, id_type: IdType) -> list[ItemId]:
+    """All item ids of a text file, separated by white space."""
+    _check_is_file(Path(path))
+    return [item for where, text in _numbered_lines(Path(path)) for item in parse_items(text, id_type, where)]
 
 
 def _check_is_file(path: Path) -> None:
@@ -173,7 +181,7 @@ def _int_id(token: str, where: str) -> int:
     if not re.fullmatch(r"-?[0-9]+", token) or int(token) not in _INT64:
         raise DataError(
             f"{where}: item id {_shown(token)} is not an integer of 64 bits; the catalogue's ids are integers, "
-            "and so must be those of the file"
+            "and so must be those given"
         )
     return int(token)
 

@@ -6,6 +6,7 @@ so a result carries its policy in words.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ def evaluate(
     batch_size: int | None = None,
     seed: int = 0,
     filter_seen: bool | None = None,
+    limit: int | None = None,
     show_progress: bool = True,
     **arguments: Any,
 ) -> EvaluationResult:
@@ -78,18 +80,21 @@ def evaluate(
     seed        of the noise. A row's noise depends on the seed and the row's number, not on its history: many users
                 share an empty history, and must not share a draw
     filter_seen for the clean ranking; None is the model's own setting
+    limit       only the first so many instances
     arguments   further ones of `Engine.generate`: num_inference_steps, scheduler, eta, guidance_scale, num_samples, ...
     Raises `DataError` where there is no instance, or a history holds an item that the catalogue does not.
     """
     batch_size = default_batch_size(engine) if batch_size is None else batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise InvalidArgument(f"evaluate: batch_size must be an int of at least 1 (got {batch_size!r})")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise InvalidArgument(f"evaluate: limit must be an int of at least 1 (got {limit!r})")
     metrics = RankingMetrics(top_ks, engine.catalog.item_ids)
     timings: dict[str, float] = {}
     already_seen = 0
     start = time.perf_counter()
-    source, done = iter(instances), 0
-    total = len(instances) if isinstance(instances, Sized) else None
+    source, done = islice(instances, limit), 0
+    total = min(len(instances), limit or sys.maxsize) if isinstance(instances, Sized) else limit
     with tqdm(total=total, unit="user", disable=None if show_progress else True) as bar:
         while batch := list(islice(source, batch_size)):
             histories = [instance.history for instance in batch]
