@@ -49,7 +49,6 @@ from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, guided
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.plan import StepPlan
 
-_MASKED = -(2.0**32) + 1
 _EPS = 1e-5
 
 
@@ -149,7 +148,7 @@ class DreamRec(Model[Tensor, DreamRecState]):
         w = self.weights
         logits = torch.einsum("bd,bnd->bn", F.linear(query, self._w_qk, self._b_qk), e)
         allowed = visible & _has_features(e)
-        weights = torch.softmax(logits.masked_fill(~allowed, _MASKED), dim=-1)
+        weights = torch.softmax(logits.masked_fill(~allowed, torch.finfo(logits.dtype).min), dim=-1)
         # with no key left, each of all L places weighs the same; those beyond the n given are zero rows
         weights = torch.where(allowed.any(dim=-1, keepdim=True), weights, 1.0 / self.config.max_seq_len)
         mixed = torch.einsum("bn,bnd->bd", weights, e)

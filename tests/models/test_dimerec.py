@@ -14,7 +14,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.models.dimerec import DimeRec
 from fastdiff.noise import GivenNoise
-from tests.tolerances import AGREE, assert_agree, relative_error
+from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 BASE = DimeRecConfig(
     n_items=23, hidden_size=10, max_seq_len=7, schedule=ScheduleConfig("linear", 9, beta_end=0.2), n_interests=3
@@ -148,6 +148,16 @@ def test_a_user_does_not_depend_on_the_batch(lengths, seed):
     for row, length in enumerate(lengths):
         alone = Histories(histories.items[row : row + 1, :length], histories.lengths[row : row + 1])
         assert_agree(run(model, alone, noise[:, row : row + 1]), together[row : row + 1], torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_near(dtype):
+    model, _ = make(BASE, dtype=torch.float32)
+    half = DimeRec(BASE, {name: value.to(dtype) for name, value in model.weights.items()})
+    histories, noise = random_histories(BASE, [0, 1, 3, 7]), torch.randn(10, 4, 10)
+    x_0 = run(half, histories, noise.to(dtype))
+    assert x_0.dtype == dtype
+    assert relative_error(x_0, run(model, histories, noise)) < 8 * FLOOR[dtype]
 
 
 def test_samples_of_a_user_share_its_state():

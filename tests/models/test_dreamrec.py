@@ -16,7 +16,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.models.dreamrec import DreamRec
 from fastdiff.noise import GivenNoise
-from tests.tolerances import GOLDEN, assert_agree, relative_error
+from tests.tolerances import FLOOR, GOLDEN, assert_agree, relative_error
 
 BASE = DreamRecConfig(
     n_items=19, hidden_size=12, max_seq_len=6, schedule=ScheduleConfig("exp", 15, arithmetic="float32")
@@ -191,6 +191,17 @@ def test_half_precision_keeps_items_whose_rounded_features_sum_to_zero():
     model = DreamRec(BASE, weights)
     both, first = (Histories(torch.tensor([items]), torch.tensor([2])) for items in ([3, 5], [4, 5]))
     assert not torch.equal(model.encode(both, model.item_table), model.encode(first, model.item_table))
+
+
+@pytest.mark.parametrize("denoiser", ["mlp1", "mlp2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_near(dtype, denoiser):
+    model, _ = make(replace(BASE, denoiser=denoiser), dtype=torch.float32)
+    half = DreamRec(model.config, {name: value.to(dtype) for name, value in model.weights.items()})
+    histories, noise = random_histories(BASE, [0, 1, 3, 6]), torch.randn(15, 4, 12)
+    x_0 = run(half, histories, noise.to(dtype), 3.0)
+    assert x_0.dtype == dtype
+    assert relative_error(x_0, run(model, histories, noise, 3.0)) < 8 * FLOOR[dtype]
 
 
 # --- laws -------------------------------------------------------------------------------------------------------------
