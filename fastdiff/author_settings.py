@@ -41,7 +41,7 @@ def read_settings(path: str | Path, method: str) -> Settings:
     if not path.is_file():
         raise CheckpointError(f"{path}: does not exist; give the file with the settings of the training run")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as text ({error})") from error
     if path.suffix == ".json":
@@ -106,7 +106,7 @@ def _literals(keywords: Iterable[ast.keyword], path: Path) -> Iterable[tuple[str
     for keyword in keywords:
         try:
             yield str(keyword.arg), ast.literal_eval(keyword.value)
-        except ValueError:  # device(type='cuda') and the like: objects of the training run
+        except (ValueError, TypeError):  # device(type='cuda') and the like: objects of the training run
             logger.info("%s: the value of %s is not a literal and is not read", path, keyword.arg)
 
 

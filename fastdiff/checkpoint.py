@@ -136,7 +136,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
 
@@ -155,7 +155,7 @@ def read_item_ids(path: str | Path, n_items: int) -> ItemIds:
     if path.suffix == ".json":
         return check_item_ids(_read_json(path), n_items, str(path))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as text ({error})") from error
     if all(_is_plain_int(line) for line in lines):
