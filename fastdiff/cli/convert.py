@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--item-ids",
         metavar="FILE",
-        help="your ids of the items, in the order of the item table: one per line, or a JSON list (default: row numbers)",
+        help="your ids of the items, in row order: one per line, or a JSON list (default: row numbers)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that exists")
 

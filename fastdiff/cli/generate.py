@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import secrets
 import shlex
 import sys
@@ -56,7 +57,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="items per user (default: the model's own setting)")
     parser.add_argument("--seed", type=int, help="of the noise (default: drawn, and said on stderr)")
     parser.add_argument(
-        "--batch-size", type=int, metavar="B", help="users at a time (default: 256; coupled CDDRec: 128)"
+        "--batch-size", type=int, metavar="B", help="users at a time (default: 256; 128 for coupled CDDRec)"
     )
     add_sampling_options(parser)
     ranking = parser.add_argument_group("ranking")
@@ -203,8 +204,8 @@ def _lines(batch: list[UserSequence], output: GenerateOutput) -> list[str]:
     for row, (sequence, valid) in enumerate(zip(batch, output.num_valid.tolist(), strict=True)):
         if not np.isfinite(scores[row, :valid]).all():
             raise InvalidArgument(
-                f"{sequence.where}: the model gives scores that are not finite; are its weights sound, and its --dtype wide "
-                "enough?"
+                f"{sequence.where}: the model gives scores that are not finite; are its weights sound, "
+                "and is its --dtype wide enough?"
             )
         values = {
             "user": sequence.user,
@@ -215,7 +216,7 @@ def _lines(batch: list[UserSequence], output: GenerateOutput) -> list[str]:
     return lines
 
 
-# --- what goes in ---------------------------------------------------------------------------------------------------------
+# --- what goes in -----------------------------------------------------------------------------------------------------
 
 
 def _sequences(args: argparse.Namespace, id_type: IdType) -> Iterable[UserSequence]:
@@ -246,7 +247,7 @@ def _item_list(value: str | None, id_type: IdType, option: str) -> list[ItemId] 
 
     if value is None:
         return None
-    if Path(value).is_file():
+    if os.path.isfile(value):  # unlike Path.is_file, no error where the text is too long to be a name
         return read_items(value, id_type)
     return [item for part in value.split(",") for item in parse_items(part, id_type, option)]
 

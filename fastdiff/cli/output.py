@@ -1,8 +1,8 @@
 """An output file that survives interruption: written as FILE.part, renamed to FILE when it is whole.
 
 Beside FILE.part lies FILE.part.json, the record of what the run was made from: the model, the input, the seed and every
-argument that the result depends on. A run is continued only under the same record, and only from the end of a whole batch:
-then each batch is the one that an unbroken run would have made, and so is the file, also where rounding depends on the batch.
+argument that the result depends on. A run is continued only under the same record, and only from the end of a whole
+batch: then each batch is the one of an unbroken run, and so is the file, also where rounding depends on the batch.
 """
 
 from __future__ import annotations
@@ -87,26 +87,27 @@ class PartFile:
     kept  lines that a continued run found and keeps
     """
 
-    def __init__(self, path: Path, record: Record) -> None:
-        """Begin again, whatever is there."""
-        self.path, self.kept, self.written = path, 0, 0
+    def __init__(self, path: Path, kept: int, end: int) -> None:
+        self.path, self.kept, self.written = path, kept, 0
+        self._file = part_of(path).open("r+b")
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    @classmethod
+    def begin(cls, path: Path, record: Record) -> PartFile:
+        """Begin a run, whatever is there."""
         part_of(path).unlink(missing_ok=True)
         fresh = record_of(path).with_name(record_of(path).name + ".new")
         fresh.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(fresh, record_of(path))
-        self._file = part_of(path).open("wb")
+        part_of(path).touch()
+        return cls(path, 0, 0)
 
     @classmethod
     def resume(cls, path: Path, users: Iterable[str], batch_size: int) -> PartFile:
         """Go on after the last whole batch. A last line that is cut off, or is not of the expected user, is dropped."""
         part_of(path).touch()
-        self = cls.__new__(cls)
-        self.path, self.written = path, 0
-        self.kept, end = _whole_batches(part_of(path), users, batch_size)
-        self._file = part_of(path).open("r+b")
-        self._file.truncate(end)
-        self._file.seek(end)
-        return self
+        return cls(path, *_whole_batches(part_of(path), users, batch_size))
 
     def write(self, lines: Sequence[str]) -> None:
         """Append lines and hand them to the operating system, so that they outlive this process."""
