@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -252,7 +252,7 @@ def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray
     if isinstance(items, (str, bytes)) or not hasattr(items, "__len__"):
         raise InvalidArgument(f"generate: {name} must be a list of item ids (got {type(items).__name__})")
     values = items.cpu().numpy() if isinstance(items, Tensor) else items
-    rows = catalog.lookup(values)
+    rows: npt.NDArray[np.int64] = catalog.lookup(values)
     if (rows < 0).any():
         unknown = list(values)[int(np.flatnonzero(rows < 0)[0])]
         raise InvalidArgument(
@@ -264,7 +264,7 @@ def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def _exclude(name: str, others: dict[str, object], why: str) -> None:
+def _exclude(name: str, others: Mapping[str, object], why: str) -> None:
     clash = [other for other, value in others.items() if value is not None]
     if clash:
         raise InvalidArgument(f"generate: {name} excludes {', '.join(clash)}: {why}; leave one of them out")

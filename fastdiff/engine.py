@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -310,7 +310,7 @@ class Engine:
         show_progress: bool,
         arguments: dict[str, Any],
     ) -> Iterator[GenerateOutput]:
-        total = len(histories) if hasattr(histories, "__len__") else None
+        total = len(histories) if isinstance(histories, Sized) else None
         source, ids = iter(histories), None if request_ids is None else iter(request_ids)
         with tqdm(total=total, unit="history", disable=not show_progress) as bar:
             while batch := list(islice(source, batch_size)):
