@@ -288,10 +288,13 @@ class InstanceFile:
         names = {"history": 2, "history_len": 1, "target": 1}
         accepted = "integer arrays history [B, L], history_len [B] and target [B] are accepted"
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            loaded = np.load(self.path, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                raise ValueError("it holds a single array")
+            with loaded as archive:
                 found: dict[str, npt.NDArray[Any]] = {name: archive[name] for name in archive.files if name in names}
                 others = list(archive.files)
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{self.path}: not an .npz file of plain arrays ({error}); {accepted}") from error
         missing = [name for name in names if name not in found]
         if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from typing import Any
@@ -115,13 +116,16 @@ def _cpu_name() -> str:
 
 
 def _extension() -> dict[str, Any]:
-    try:
-        from fastdiff import _C  # absent where no compiler was at hand; this is the place that says so
-    except ImportError as error:
+    if importlib.util.find_spec("fastdiff._C") is None:
         return {
             "built": False,
-            "why_not": f"{error}; install fastdiff where a C++ compiler is, with `pip install --no-build-isolation .`",
+            "why_not": "it was not built; install fastdiff where there is a C++ compiler, after torch, with "
+            "`pip install --no-build-isolation .`",
         }
+    try:
+        from fastdiff import _C
+    except ImportError as error:
+        return {"built": False, "why_not": f"it was built, and cannot be loaded: {error}"}
     return {"built": True, "facts": dict(_C.build_facts()), "cpu_capabilities": dict(_C.cpu_capabilities())}
 
 

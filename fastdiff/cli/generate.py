@@ -52,12 +52,12 @@ def add_parser(commands: Any) -> None:
         "--history",
         action="append",
         metavar='"ID ID ..."',
-        help='one history, oldest item first ("" for a user without one); may be repeated, users are then "1", "2", ...',
+        help='one history, oldest item first ("" for a new user); may be repeated: the users are then "1", "2", ...',
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="items per user (default: the model's own setting)")
     parser.add_argument("--seed", type=int, help="of the noise (default: drawn, and said on stderr)")
     parser.add_argument(
-        "--batch-size", type=int, metavar="B", help="users at a time (default: 256; 128 for coupled CDDRec)"
+        "--batch-size", type=int, metavar="B", help="users at a time (default: 256, coupled CDDRec 128)"
     )
     add_sampling_options(parser)
     ranking = parser.add_argument_group("ranking")
