@@ -1,0 +1,274 @@
+"""External item ids: row numbers, integers or strings, and what row of the item table each names.
+
+Three classes with one interface; an instance is one snapshot, never changed. `fastdiff.catalog` makes new ones from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastdiff.errors import CatalogError
+
+IntArray = npt.NDArray[np.int64]
+IdArray = npt.NDArray[Any]
+"""int64, or object holding str."""
+
+KINDS = "all integers or all strings"
+
+
+class ItemIds(ABC):
+    """The external id of each row, [R]; rows without one are special, or were removed.
+
+    special  row -> name of the rows that are no items
+    """
+
+    kind: str
+
+    def __init__(self, n_rows: int, special: dict[int, str]) -> None:
+        self.n_rows, self.special = n_rows, special
+
+    @abstractmethod
+    def lookup(self, ids: IdArray) -> IntArray:
+        """The row of each id, -1 for ids that name no item."""
+
+    @abstractmethod
+    def external(self, rows: Tensor) -> Tensor | IdArray:
+        """The id of each row, in the shape of `rows`; see `ItemCatalog.external`."""
+
+    @abstractmethod
+    def listed(self) -> tuple[int, ...] | tuple[str, ...]:
+        """Every id, in row order."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What ids there are, for a message."""
+
+    @abstractmethod
+    def added(self, ids: IdArray) -> ItemIds:
+        """With one more row per id; the ids are new, and of this kind (see `takes`)."""
+
+    @abstractmethod
+    def removed(self, rows: IntArray) -> ItemIds:
+        """Without the ids of these rows."""
+
+    def takes(self, ids: IdArray) -> bool:
+        """Whether ids of this type can be added."""
+        return (ids.dtype == object) == (self.kind == "str") or not len(ids)
+
+
+class RowIds(ItemIds):
+    """Ids that are the row numbers: no map at all."""
+
+    kind = "row"
+
+    def __init__(self, is_item: npt.NDArray[np.bool_], special: dict[int, str]) -> None:
+        super().__init__(len(is_item), special)
+        self.is_item = is_item
+
+    def lookup(self, ids: IdArray) -> IntArray:
+        if ids.dtype == object:
+            return np.full(len(ids), -1)
+        rows: IntArray = np.where((ids >= 0) & (ids < self.n_rows), ids, -1)
+        rows[~self.is_item[rows] if self.n_rows else slice(None)] = -1
+        return rows
+
+    def external(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def listed(self) -> tuple[int, ...]:
+        return tuple(np.flatnonzero(self.is_item).tolist())
+
+    def describe(self) -> str:
+        rows = np.flatnonzero(self.is_item)
+        return _describe_integers(rows)
+
+    def added(self, ids: IdArray) -> ItemIds:
+        if np.array_equal(ids, np.arange(self.n_rows, self.n_rows + len(ids))):
+            return RowIds(np.concatenate([self.is_item, np.ones(len(ids), dtype=np.bool_)]), self.special)
+        by_row = np.arange(self.n_rows)
+        return IntegerIds(by_row, np.flatnonzero(self.is_item), self.special).added(ids)
+
+    def removed(self, rows: IntArray) -> RowIds:
+        is_item = self.is_item.copy()
+        is_item[rows] = False
+        return RowIds(is_item, self.special)
+
+
+class IntegerIds(ItemIds):
+    """Integers of 64 bits: found by bisection in a sorted copy."""
+
+    kind = "int"
+
+    def __init__(
+        self,
+        by_row: IntArray,
+        rows: IntArray,
+        special: dict[int, str],
+        index: tuple[IntArray, IntArray] | None = None,
+    ) -> None:
+        """by_row [R], the id of each row; rows: those that are items; index: (ids, their rows), sorted by id."""
+        super().__init__(len(by_row), special)
+        self.by_row = np.full(len(by_row), -1)
+        self.by_row[rows] = by_row[rows]
+        if index is None:
+            order = np.argsort(by_row[rows], kind="stable")
+            index = by_row[rows][order], rows[order]
+        self.sorted_ids, self.sorted_rows = index
+        self._tensor = torch.from_numpy(self.by_row)
+
+    def lookup(self, ids: IdArray) -> IntArray:
+        if ids.dtype == object or not len(self.sorted_ids):
+            return np.full(len(ids), -1)
+        place = np.searchsorted(self.sorted_ids, ids)
+        place[place == len(self.sorted_ids)] = 0
+        return np.where(self.sorted_ids[place] == ids, self.sorted_rows[place], -1)
+
+    def external(self, rows: Tensor) -> Tensor:
+        if not self.n_rows:
+            return rows
+        at = rows.cpu()
+        return self._tensor[at.clamp(min=0)].masked_fill_(at < 0, -1).to(rows.device)
+
+    def listed(self) -> tuple[int, ...]:
+        return tuple(self.by_row[np.sort(self.sorted_rows)].tolist())
+
+    def describe(self) -> str:
+        return _describe_integers(self.sorted_ids)
+
+    def added(self, ids: IdArray) -> IntegerIds:
+        by_row = np.concatenate([self.by_row, ids])
+        order = np.argsort(ids, kind="stable")
+        place = np.searchsorted(self.sorted_ids, ids[order])
+        index = (
+            np.insert(self.sorted_ids, place, ids[order]),
+            np.insert(self.sorted_rows, place, self.n_rows + order),
+        )
+        return IntegerIds(by_row, index[1], self.special, index)
+
+    def removed(self, rows: IntArray) -> IntegerIds:
+        kept = ~np.isin(self.sorted_rows, rows)
+        index = self.sorted_ids[kept], self.sorted_rows[kept]
+        return IntegerIds(self.by_row, index[1], self.special, index)
+
+
+class StringIds(ItemIds):
+    """Strings: a dict."""
+
+    kind = "str"
+
+    def __init__(self, by_row: IdArray, special: dict[int, str]) -> None:
+        """by_row [R] object: str, or None for rows that are no items."""
+        super().__init__(len(by_row), special)
+        self.by_row = by_row
+        self.shown = by_row.copy()
+        self.shown[list(special)] = list(special.values())
+        self.index = {item: row for row, item in enumerate(by_row.tolist()) if item is not None}
+
+    def lookup(self, ids: IdArray) -> IntArray:
+        find = self.index.get
+        return np.fromiter((find(item, -1) for item in ids.tolist()), dtype=np.int64, count=len(ids))
+
+    def external(self, rows: Tensor) -> IdArray:
+        at = rows.cpu().numpy()
+        names = np.full(at.shape, None, dtype=object)
+        names[at >= 0] = self.shown[at[at >= 0]]
+        return names
+
+    def listed(self) -> tuple[str, ...]:
+        return tuple(self.index)  # a dict keeps the order of its building, which is row order
+
+    def describe(self) -> str:
+        if not self.index:
+            return "no items"
+        some = [repr(item) for item, _ in zip(self.index, range(3), strict=False)]
+        return f"{len(self.index)} string ids ({', '.join(some)}{', ...' if len(self.index) > 3 else ''})"
+
+    def added(self, ids: IdArray) -> StringIds:
+        return StringIds(np.concatenate([self.by_row, ids]), self.special)
+
+    def removed(self, rows: IntArray) -> StringIds:
+        by_row = self.by_row.copy()
+        by_row[rows] = None
+        return StringIds(by_row, self.special)
+
+
+def item_ids(ids: Any, is_item: npt.NDArray[np.bool_], special: dict[int, str], where: str) -> ItemIds:
+    """The ids of a new catalogue: `ids` holds one per item in row order; None: the row numbers."""
+    if ids is None:
+        return RowIds(is_item, special)
+    values, rows = as_id_array(ids, where), np.flatnonzero(is_item)
+    if len(values) != len(rows):
+        raise CatalogError(f"{where}: must hold one id per item, {len(rows)} (got {len(values)})")
+    check_new_ids(values, where)
+    if values.dtype == object:
+        names = np.full(len(is_item), None, dtype=object)
+        names[rows] = values
+        return StringIds(names, special)
+    by_row = np.full(len(is_item), -1)
+    by_row[rows] = values
+    return IntegerIds(by_row, rows, special)
+
+
+def as_id_array(ids: Any, where: str) -> IdArray:
+    """A flat sequence, array or tensor of ids as int64, or as object holding str; raises CatalogError for all else."""
+    if isinstance(ids, Tensor):
+        ids = ids.detach().cpu().numpy()
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1:
+            raise CatalogError(f"{where}: must be flat (got shape {list(ids.shape)})")
+        if ids.dtype.kind in "iu" and (ids.dtype != np.uint64 or not (ids >> np.uint64(63)).any()):
+            return ids.astype(np.int64, copy=False)
+        if ids.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if ids.dtype.kind == "U":
+            return ids.astype(object)
+        if ids.dtype != object:
+            raise CatalogError(f"{where}: ids must be {KINDS} (got dtype {ids.dtype}); convert them first")
+        ids = ids.tolist()
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
+        raise CatalogError(f"{where}: must be a sequence, array or tensor of ids (got {type(ids).__name__})")
+    types = set(map(type, ids))
+    if types <= {int}:
+        try:
+            return np.array(ids, dtype=np.int64)
+        except OverflowError:
+            at = next(i for i, item in enumerate(ids) if not -(1 << 63) <= item < 1 << 63)
+            raise CatalogError(f"{where}[{at}]: integers must have 64 bits (got {ids[at]}); use strings") from None
+    if types == {str}:
+        return np.array(ids, dtype=object)
+    if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in types):
+        return as_id_array([int(item) for item in ids], where)
+    first = str if isinstance(ids[0], str) else int
+    accepted = (str,) if first is str else (int, np.integer)
+    at = next(i for i, item in enumerate(ids) if not isinstance(item, accepted) or isinstance(item, bool))
+    raise CatalogError(f"{where}: ids must be {KINDS} (got {ids[at]!r}, a {type(ids[at]).__name__}, at index {at})")
+
+
+def check_new_ids(ids: IdArray, where: str) -> None:
+    """Raise for an id that stands twice, and for -1, which means no item."""
+    if ids.dtype != object and (ids == -1).any():
+        at = int(np.flatnonzero(ids == -1)[0])
+        raise CatalogError(f"{where}[{at}]: -1 cannot be an item id, it stands for 'no item' in results; use another")
+    if len(set(ids.tolist())) == len(ids):
+        return
+    first: dict[Any, int] = {}
+    for at, item in enumerate(ids.tolist()):
+        if item in first:
+            raise CatalogError(f"{where}[{at}]: item id {item!r} is already at index {first[item]}; ids must be unique")
+        first[item] = at
+
+
+def _describe_integers(ids: IntArray) -> str:
+    if not len(ids):
+        return "no items"
+    low, high = int(ids[0]), int(ids[-1])
+    if high - low + 1 == len(ids):
+        return f"ids {low}..{high}"
+    return f"{len(ids)} ids from {low} to {high}"
