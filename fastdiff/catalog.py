@@ -1,7 +1,7 @@
 """ItemCatalog: the items that can be recommended, their external ids and vectors, and the ranking over them.
 
-A catalogue is an immutable snapshot over one table of rows: the rows of a model's item table, special rows (pad and
-mask) included, then the items added later. `add`, `update` and `remove` return a new snapshot and leave the old one as it
+A catalogue is an immutable snapshot over one table of rows: the rows of a model's item table, special rows (pad, mask)
+included, then the items added later. `add`, `update` and `remove` return a new snapshot and leave the old one as it
 was, so readers in other threads need no lock. Snapshots share what did not change:
 
     add      appends behind the table; the whole table is copied only when its buffer is full (the first time, and then

@@ -163,7 +163,7 @@ def scan_at_once(
     scores, order = scores.sort(
         dim=1, descending=True, stable=True
     )  # stable, so of equal scores the lower row is first
-    return rows.gather(1, order[:, :k]), scores[:, :k]
+    return rows.gather(1, order[:, :k]), scores[:, :k].contiguous()
 
 
 # --- chunk by chunk ---------------------------------------------------------------------------------------------------
