@@ -1,0 +1,89 @@
+# Every command sets up what it needs: the first one makes .venv with PyTorch and fastdiff in it, the next ones start at once.
+# `make help` lists the commands and what can be set.
+
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch goes in first and by its exact version, so that nothing after it ever resolves a bare "torch".
+TORCH ?= torch==2.13.0
+# Triton has wheels for Linux on x86-64 only.
+TRITON ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),triton==3.7.1)
+# More arguments for pytest, for example: make test ARGS="tests/ops -x"
+ARGS ?=
+
+PIP_INSTALL = $(PY) -m pip install -qq --disable-pip-version-check
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+READY := check-environment
+else
+PY := $(VENV)/bin/python
+# The stamp is written last and named after what was asked for, so a set-up that was interrupted, or made for another
+# Python or PyTorch, is not taken for a complete one.
+READY := $(VENV)/.fastdiff-ready-$(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)
+endif
+
+.PHONY: help demo test bench lint clean check-environment
+
+help:
+	@echo "make demo    recommendations from the model that ships with fastdiff, and how good they are (seconds)"
+	@echo "make test    the tests (minutes); ARGS='tests/ops -x' goes to pytest"
+	@echo "make bench   time fastdiff against the published algorithms"
+	@echo "make lint    ruff, ruff format --check, mypy --strict"
+	@echo "make clean   remove .venv, builds and caches"
+	@echo ""
+	@echo "PYTHON=$(PYTHON)  Python 3.10 or later, to make the environment with"
+	@echo "VENV=$(VENV)  the environment; a path of yours is filled, never emptied; VENV=none uses PYTHON as it is"
+	@echo "TORCH='$(TORCH)'  for a build without CUDA: TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
+	@echo "TRITON='$(TRITON)'  empty: none"
+
+demo: $(READY)
+	@$(PY) -m fastdiff.demo
+
+test: $(READY)
+	@$(PY) -m pytest $(ARGS)
+
+bench: $(READY)
+	@$(PY) -m bench
+
+lint: $(READY)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy --strict -p fastdiff
+
+clean:
+	@rm -rf .venv build dist *.egg-info fastdiff/_C*.so
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+check-environment:
+	@$(PY) -c 'import torch, numpy, safetensors, tqdm' || { \
+	  echo "make: VENV=none uses $(PYTHON) as it is, and the packages above are not in it; leave VENV out to have them installed in .venv" >&2; \
+	  exit 1; }
+
+ifneq ($(VENV),none)
+# An environment of the caller's own (VENV=path) keeps the PyTorch that it has and is never emptied.
+OURS := $(filter file,$(origin VENV))
+
+$(READY): pyproject.toml setup.py csrc/module.cpp
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no '$(PYTHON)' (Python 3.10 or later is needed); install it, or name one: make PYTHON=/path/to/python3" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1) (Python 3.10 or later is needed); name one: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@test -x $(PY) || $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "make: $(PYTHON) cannot make environments: its venv or ensurepip module is missing; on Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; }
+	@if [ -n "$(OURS)" ] && [ ! -e $@ ]; then rm -rf $(VENV); fi; rm -f $(VENV)/.fastdiff-ready-*
+	@test -x $(PY) || { echo "Setting up $(VENV) (once)"; $(PYTHON) -m venv $(VENV); }
+	@if [ -n "$(OURS)" ] || ! $(PY) -c 'import torch' 2>/dev/null; then \
+	  echo "  $(TORCH)"; $(PIP_INSTALL) $(TORCH); fi
+	@if [ -n "$(TRITON)" ] && ! $(PY) -c 'import triton' 2>/dev/null; then \
+	  echo "  $(TRITON)"; $(PIP_INSTALL) $(TRITON); fi
+	@echo "  fastdiff and the tools of its developers"; $(PIP_INSTALL) -e '.[dev]'
+	@cd / && $(abspath $(PY)) -c 'import fastdiff._C' 2>/dev/null || { \
+	  echo "  without the C++ module: it could not be built (a C++17 compiler and the Python headers are needed; on Debian"; \
+	  echo "  and Ubuntu: apt install g++ python3-dev, then make clean). Everything runs, in plain PyTorch; only the C++"; \
+	  echo "  and CPU lines of 'fastdiff env' are lost"; }
+	@touch $@
+endif
