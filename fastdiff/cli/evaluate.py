@@ -112,7 +112,8 @@ def _facts(
         "notes": notes,
         "ranking": args.ranking,
         "policy": result.policy,
-        "sampling": {**engine.generation_config.to_dict(), **given},
+        "arguments": given,
+        "generation_config": engine.generation_config.to_dict(),
         "seed": result.seed,
         "batch_size": result.batch_size,
         "device": str(engine.device),
@@ -132,11 +133,13 @@ def _report(facts: dict[str, Any]) -> str:
     if facts["skipped_users"]:
         skipped = f" ({facts['skipped_users']} more skipped: fewer than {facts['fewest_items']} items)"
     backends = ", ".join(sorted(set(facts["backends"].values())))
+    given = ", ".join(f"{name} {value}" for name, value in facts["arguments"].items())
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in facts["timings"].items())
     lines = [
         f"model   {facts['model']} ({facts['method']}), {facts['dtype']} on {facts['device']}, backend {backends}",
         f"data    {facts['data']}{split}: {facts['users']} users{skipped}",
         *(f"        {note}" for note in facts["notes"]),
+        f"        sampling: {f'{given}, else ' if given else ''}the model's own settings",
         *(f"        {line}" for line in facts["policy"]),
         "",
         *_table(facts["metrics"], facts["standard_errors"]),
