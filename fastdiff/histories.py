@@ -79,28 +79,27 @@ def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
     parts = [_one_history(position, history) for position, history in enumerate(histories)]
     lengths = np.fromiter((len(part) for part in parts), dtype=np.int64, count=len(parts))
     flat = list(chain.from_iterable(parts))
-    if flat and isinstance(flat[0], str):
-        wrong = next((value for value in flat if not isinstance(value, str)), None)
-        if wrong is not None:
-            raise InvalidHistory(
-                f"generate: histories mix ids of str and {type(wrong).__name__} (got {wrong!r}); use one"
-            )
+    types = set(map(type, flat))
+    if not flat or types == {int}:
+        try:
+            return np.array(flat, dtype=np.int64), lengths, False
+        except OverflowError:
+            raise InvalidHistory("generate: histories hold an id of more than 64 bits; use strings as ids") from None
+    if types == {str}:
         return np.array(flat, dtype=object), lengths, False
-    if not flat:
-        return np.zeros(0, dtype=np.int64), lengths, False
-    values = np.array(flat)
-    if values.dtype.kind not in "iu":
-        position, value = next(
-            (position, value)
-            for position, part in enumerate(parts)
-            for value in part
-            if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer))
-        )
-        raise InvalidHistory(
-            f"generate: histories[{position}] holds {value!r}, a {type(value).__name__}; item ids are integers "
-            "(or all strings, where the catalogue's ids are strings); convert them first"
-        )
-    return values.astype(np.int64), lengths, False
+    if all(issubclass(kind, np.integer) or kind is int for kind in types):
+        return np.array([int(value) for value in flat], dtype=np.int64), lengths, False
+    accepted = (str,) if isinstance(flat[0], str) else (int, np.integer)
+    position, value = next(
+        (position, value)
+        for position, part in enumerate(parts)
+        for value in part
+        if isinstance(value, bool) or not isinstance(value, accepted)
+    )
+    raise InvalidHistory(
+        f"generate: histories[{position}] holds {value!r}, a {type(value).__name__}; item ids are all integers, or all "
+        "strings where the catalogue's ids are; convert them first"
+    )
 
 
 def _one_history(position: int, history: Any) -> Sequence[Any]:
@@ -147,8 +146,9 @@ def _to_rows(
     wrong = unknown & ~is_pad
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
+        unknown_id = ids[first : first + 1].tolist()[0]
         raise InvalidHistory(
-            f"generate: histories[{user[first]}] holds item id {ids[first]!r}, "
+            f"generate: histories[{user[first]}] holds item id {unknown_id!r}, "
             f"the catalogue has {catalog.describe_ids()}; add the item to the catalogue or leave it out"
         )
     return np.where(is_pad, config.pad_id, rows), is_pad

