@@ -1,0 +1,117 @@
+"""`python -m bench`: check, then time, every case; append rows; print the table. `make bench` runs this."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.cases import PROVIDERS, Case, Options, all_cases
+from bench.harness import Row, Session, append_rows, measure
+from bench.report import headline_table
+from bench.timing import Budget
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="cases by name or by full id (--list shows them)")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="only these batch sizes")
+    parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these providers")
+    parser.add_argument("--list", action="store_true", help="show cases and providers, measure nothing")
+    parser.add_argument("--full", action="store_true", help="heavy cases as well")
+    parser.add_argument("--compile", action="store_true", help="torch.compile baselines as well (minutes)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider (default 1)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--output", type=Path, help="rows are appended here (default bench/results/<device>.jsonl)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = parser()
+    given = command.parse_args(arguments)
+    try:
+        cases = select(all_cases(), given.case, given.batch, given.full)
+        providers = _known(given.provider, PROVIDERS, "provider")
+        device = _device(given.device)
+    except ValueError as error:
+        command.error(str(error))
+    if given.seconds <= 0:
+        command.error(f"--seconds must be more than 0 (got {given.seconds:g})")
+    if given.list:
+        _list(cases)
+        return 0
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+
+    only = frozenset(providers) if providers else None
+    session = Session.open(Options(device, given.compile, only), Budget(seconds=given.seconds))
+    path = given.output or RESULTS / f"{device.type}.jsonl"
+    rows: list[Row] = []
+    for case in cases:
+        measured = measure(case, session)
+        append_rows(measured, path)
+        rows += measured
+    print(f"\n{headline_table(rows)}")
+    print(f"\n{len(rows)} rows appended to {path}; `python -m bench.report` makes the tables and plots from them")
+    wrong = [row for row in rows if row["status"] != "ok"]
+    if wrong:
+        print(f"{len(wrong)} of them WRONG: {', '.join(sorted({row['provider'] for row in wrong}))}")
+    return 1 if wrong else 0
+
+
+def select(
+    cases: Sequence[Case], names: Sequence[str] | None, batches: Sequence[int] | None, full: bool = False
+) -> list[Case]:
+    """The cases that were asked for; a case named by its full id is taken even if it is heavy."""
+    _known(names, {case.name for case in cases} | {case.id for case in cases}, "case")
+    known_batches = {case.params["batch"] for case in cases}
+    for batch in batches or ():
+        if batch not in known_batches:
+            raise ValueError(f"--batch: no case has batch {batch}; known: {', '.join(map(str, sorted(known_batches)))}")
+    chosen = [
+        case
+        for case in cases
+        if (names is None or case.name in names or case.id in names)
+        and (batches is None or case.params["batch"] in batches)
+        and (full or not case.heavy or (names is not None and case.id in names))
+    ]
+    if not chosen:
+        raise ValueError("no case is left; heavy cases need --full, and --case and --batch must both match")
+    return chosen
+
+
+def _known(given: Sequence[str] | None, known: Sequence[str] | set[str] | dict[str, str], what: str) -> list[str]:
+    for name in given or ():
+        if name not in known:
+            close = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"--{what}: unknown {what} {name!r}; known: {', '.join(sorted(known))}{hint}")
+    return list(given or ())
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device: must be cpu or cuda (got {name!r})")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: torch sees no CUDA device here; use cpu")
+    return torch.device(name)
+
+
+def _list(cases: Sequence[Case]) -> None:
+    print("cases:")
+    for case in cases:
+        print(f"  {case.id:<44} {case.setting}{'  [--full]' if case.heavy else ''}")
+    print("providers:")
+    for name, what in PROVIDERS.items():
+        print(f"  {name:<24} {what}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
