@@ -12,7 +12,7 @@ import torch
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops.backend import BACKENDS, why_not
+from fastdiff.ops.backend import BACKENDS, why_no_op
 
 
 def collect() -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _extension() -> dict[str, Any]:
 
 
 def _backend(backend: str, places: list[str]) -> dict[str, Any]:
-    reasons = {place: reason for place in places if (reason := why_not(backend, place)) is not None}
+    reasons = {place: reason for place in places if (reason := why_no_op(backend, place)) is not None}
     available = len(reasons) < len(places)
     return {"available": available, "why_not": {} if available else reasons}
 

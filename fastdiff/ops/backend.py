@@ -94,6 +94,16 @@ class BoundOp:
         return self.function(*args, **kwargs)
 
 
+def why_no_op(backend: str, device: torch.device | str) -> str | None:
+    """Why no op at all runs on `backend` for tensors on `device`; None where one does."""
+    from fastdiff import ops  # here, not above: the ops import this file
+
+    reason = why_not(backend, device)
+    if reason is None and all(op.why_not(backend, device) is not None for op in ops.ALL):
+        reason = f"this version of fastdiff has no '{backend}' ops"
+    return reason
+
+
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """The backends that nothing stands against on `device`; `fastdiff env` prints the reasons for the others."""
-    return tuple(backend for backend in BACKENDS if why_not(backend, device) is None)
+    """The backends that run at least one op on `device`; `fastdiff env` prints the reasons for the others."""
+    return tuple(backend for backend in BACKENDS if why_no_op(backend, device) is None)
