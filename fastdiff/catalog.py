@@ -24,7 +24,17 @@ from torch import Tensor
 
 from fastdiff import catalog_files
 from fastdiff.errors import CatalogError, InvalidArgument
-from fastdiff.item_ids import IdArray, IntArray, IntegerIds, ItemIds, RowIds, StringIds, as_id_array, check_new_ids
+from fastdiff.item_ids import (
+    IdArray,
+    IntArray,
+    IntegerIds,
+    ItemIds,
+    RowIds,
+    StringIds,
+    as_id_array,
+    check_new_ids,
+    shown,
+)
 from fastdiff.item_ids import item_ids as make_ids
 from fastdiff.item_vectors import ItemVectors, normalize
 from fastdiff.ops.backend import BoundOp
@@ -171,7 +181,7 @@ class ItemCatalog:
         if (rows < 0).any():
             at = int(np.flatnonzero(rows < 0)[0])
             raise CatalogError(
-                f"{where}[{at}] is {ids[at]!r}, which is no item; the catalogue has {self.describe_ids()}"
+                f"{where}[{at}] is {shown(ids, at)}, which is no item; the catalogue has {self.describe_ids()}"
             )
         return rows
 
@@ -186,11 +196,13 @@ class ItemCatalog:
         check_new_ids(ids, where)
         if not self._ids.takes(ids):
             kinds = "strings" if self._ids.kind == "str" else "integers"
-            raise CatalogError(f"{where}: must be {kinds} like the ids of this catalogue (got {ids[0]!r})")
+            raise CatalogError(f"{where}: must be {kinds} like the ids of this catalogue (got {shown(ids, 0)})")
         taken = np.flatnonzero(self._ids.lookup(ids) >= 0)
         if len(taken):
             at = int(taken[0])
-            raise CatalogError(f"{where}[{at}] is {ids[at]!r}, which an item has already; use update() to change it")
+            raise CatalogError(
+                f"{where}[{at}] is {shown(ids, at)}, which an item has already; use update() to change it"
+            )
         vectors = self._vectors.append(self._checked(item_emb, len(ids), "ItemCatalog.add: item_emb"))
         return self._snapshot(
             vectors, self._ids.added(ids), F.pad(self.is_item, (0, len(ids)), value=True), self.special_rows

@@ -265,6 +265,11 @@ def check_new_ids(ids: IdArray, where: str) -> None:
         first[item] = at
 
 
+def shown(ids: IdArray, at: int) -> str:
+    """One id for a message, without numpy's name around it."""
+    return repr(ids[at : at + 1].tolist()[0])
+
+
 def _describe_integers(ids: IntArray) -> str:
     if not len(ids):
         return "no items"

@@ -1,0 +1,557 @@
+"""score_topk against its definition, written out literally, on every backend and along every path."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.ops import score_topk as module
+from fastdiff.ops import topk_definition, topk_scan
+from fastdiff.ops.score_topk import ScanTable, UserLists, merge_topk, score_topk
+from fastdiff.ops.topk_definition import exact_scores
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+BACKENDS = [(backend, device) for device in DEVICES for backend in score_topk.available(device)]
+SCANS = [torch.float32, torch.bfloat16]
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
+
+
+def definition(
+    query: Tensor,
+    item_emb: Tensor,
+    k: int,
+    allowed: Tensor | None = None,
+    exclude: list[list[int]] | None = None,
+    candidates: list[list[int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The contract, word by word: sequential float64 sums, one rounding, (score desc, row asc)."""
+    q, e = query.double().numpy(), item_emb.double().numpy()
+    rows = np.full((len(q), k), -1)
+    scores = np.full((len(q), k), -np.inf, dtype=np.float32)
+    for user in range(len(q)):
+        total = np.zeros(len(e))
+        for i in range(e.shape[1]):
+            total = total + q[user, i] * e[:, i]
+        score = total.astype(np.float32) + np.float32(0)
+        may = np.ones(len(e), dtype=bool) if allowed is None else allowed.numpy().copy()
+        if candidates is not None:
+            may &= np.isin(np.arange(len(e)), candidates[user])
+        if exclude is not None:
+            may[exclude[user]] = False
+        order = np.lexsort((np.arange(len(e)), -score))
+        order = order[may[order]][:k]
+        rows[user, : len(order)], scores[user, : len(order)] = order, score[order]
+    return torch.from_numpy(rows), torch.from_numpy(scores)
+
+
+def assert_same(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> None:
+    rows, scores = (tensor.cpu() for tensor in found)
+    assert rows.dtype == torch.int64
+    assert scores.dtype == torch.float32
+    assert rows.is_contiguous()
+    assert scores.is_contiguous()
+    assert rows.tolist() == truth[0].tolist()
+    # bit for bit, the sign of zero included
+    assert torch.equal(scores.view(torch.int32), truth[1].view(torch.int32))
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def gaussian(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(users, dim), torch.randn(items, dim)
+
+
+def clustered(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    centres = torch.randn(7, dim)
+    item_emb = centres[torch.arange(items) % 7] + 1e-3 * torch.randn(items, dim)
+    return centres[torch.arange(users) % 7] + 0.1 * torch.randn(users, dim), item_emb
+
+
+def skewed_norms(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    norms = torch.logspace(-6, 6, items)[torch.randperm(items)]
+    return torch.randn(users, dim), torch.randn(items, dim) * norms[:, None]
+
+
+def duplicated_rows(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(users, dim), torch.randn(11, dim)[torch.randint(0, 11, (items,))]
+
+
+def ties_below_bfloat16(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(users, dim), torch.randn(dim) + 1e-4 * torch.randn(items, dim)
+
+
+def ties_below_float32(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Terms that cancel but for less than a float32 sum can see."""
+    item_emb = torch.randn(items, dim)
+    item_emb[:, 1] = -item_emb[:, 0] * (1.0 + 1e-7 * torch.randint(0, 3, (items,)))
+    item_emb[:, 2:] *= 1e-8
+    return torch.ones(users, dim), item_emb * 1e3
+
+
+def zeros(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    item_emb = torch.randn(items, dim)
+    item_emb[torch.rand(items) < 0.7] = 0.0
+    query = torch.randn(users, dim)
+    query[0] = 0.0
+    return query, -item_emb.abs() * query[-1].sign()  # nothing scores above zero for the last user
+
+
+def subnormals(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(users, dim), torch.randn(items, dim) * 1e-40
+
+
+def tiny_products(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(users, dim) * 1e-21, torch.randn(items, dim) * 1e-21
+
+
+def vanishing(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Scores too small for float32, of both signs: zeros that tie."""
+    return torch.randn(users, dim) * 1e-30, torch.randn(items, dim) * 1e-30
+
+
+def huge(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Many scores beyond float32: infinities that tie."""
+    return torch.randn(users, dim) * 1e20, torch.randn(items, dim) * 1e18
+
+
+def one_huge_row(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    query, item_emb = gaussian(users, items, dim)
+    item_emb[items // 2] *= 1e9
+    return query, item_emb
+
+
+Make = Callable[[int, int, int], tuple[Tensor, Tensor]]
+INPUTS: list[Make] = [
+    gaussian,
+    clustered,
+    skewed_norms,
+    duplicated_rows,
+    ties_below_bfloat16,
+    ties_below_float32,
+    zeros,
+    subnormals,
+    tiny_products,
+    vanishing,
+    huge,
+    one_huge_row,
+]
+
+
+def scan_of(item_emb: Tensor, dtype: torch.dtype) -> ScanTable:
+    return ScanTable.build(item_emb, dtype)
+
+
+def force_chunks(monkeypatch: pytest.MonkeyPatch, budget: int = 1 << 10) -> None:
+    """Even a small table is scanned in several chunks, as a large one is."""
+    monkeypatch.setattr(module, "AT_ONCE", 0)
+    for place in (module, topk_scan, topk_definition):
+        monkeypatch.setattr(place, "budget", lambda device: budget)
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
+@pytest.mark.parametrize("make", INPUTS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_equals_the_definition(backend: str, device: str, make: Make, scan_dtype: torch.dtype) -> None:
+    op = score_topk.bind(backend, device)
+    for users, items, dim in ((1, 1, 1), (3, 101, 7), (2, 4099, 33)):
+        query, item_emb = make(users, items, dim) if dim > 2 else gaussian(users, items, dim)
+        scan = scan_of(item_emb.to(device), scan_dtype)
+        for k in (1, 7, items, items + 3):
+            found = op(query.to(device), item_emb.to(device), k, scan=scan)
+            assert_same(found, definition(query, item_emb, k))
+
+
+@pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
+@pytest.mark.parametrize("make", INPUTS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_equals_the_definition_over_many_chunks(
+    backend: str, device: str, make: Make, scan_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force_chunks(monkeypatch)
+    query, item_emb = make(5, 9001, 16)
+    scan = scan_of(item_emb.to(device), scan_dtype)
+    op = score_topk.bind(backend, device)
+    for k in (1, 50, 2000):
+        assert_same(op(query.to(device), item_emb.to(device), k, scan=scan), definition(query, item_emb, k))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_a_real_size(backend: str, device: str) -> None:
+    query, item_emb = gaussian(32, 12_101, 64)
+    found = score_topk.bind(backend, device)(query.to(device), item_emb.to(device), 20)
+    assert_same(found, definition(query, item_emb, 20))
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_equal_scores_go_to_the_lower_row(backend: str, device: str) -> None:
+    item_emb = torch.ones(5000, 4, device=device)
+    rows, _ = score_topk.bind(backend, device)(torch.ones(40, 4, device=device), item_emb, 13)
+    assert rows.tolist() == [list(range(13))] * 40
+
+
+def test_the_sum_goes_in_index_order() -> None:
+    query, item_emb = torch.ones(1, 4), torch.tensor([[1.0, 1e30, -1e30, 1.0], [1e30, -1e30, 1.0, 1.0]])
+    assert exact_scores(query, item_emb).tolist() == [1.0, 2.0]
+
+
+# --- restrictions -----------------------------------------------------------------------------------------------------
+
+
+def random_lists(users: int, items: int, longest: int) -> list[list[int]]:
+    lists = [torch.randint(0, items, (int(n),)).tolist() for n in torch.randint(0, longest, (users,))]
+    lists[0] = []
+    return lists
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("allowed_share", [None, 0.9, 0.05, 0.0])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_restrictions(
+    backend: str, device: str, allowed_share: float | None, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunked:
+        force_chunks(monkeypatch)
+    users, items = 6, 5003
+    query, item_emb = gaussian(users, items, 8)
+    allowed = None if allowed_share is None else torch.rand(items) < allowed_share
+    op = score_topk.bind(backend, device)
+    everything = list(range(items))
+    excludes = [None, random_lists(users, items, 300), [everything] * users, [everything[5:], [], *[everything] * 4]]
+    candidates = [None, random_lists(users, items, 300), [[]] * users, [[7, 7, 3], *random_lists(5, items, 4000)]]
+    for exclude in excludes:
+        for candidate in candidates:
+            lists = (
+                None if given is None else UserLists.from_lists(given).to(device) for given in (exclude, candidate)
+            )
+            moved = None if allowed is None else allowed.to(device)
+            found = op(query.to(device), item_emb.to(device), 30, moved, *lists)
+            assert_same(found, definition(query, item_emb, 30, allowed, exclude, candidate))
+
+
+@given(data=st.data())
+def test_any_restriction_on_few_values(data: st.DataObject) -> None:
+    """Small whole numbers, so that most scores tie."""
+    users, items, dim = (data.draw(st.integers(1, most)) for most in (4, 40, 3))
+    k = data.draw(st.integers(1, items + 2))
+    vectors = st.lists(st.integers(-2, 2), min_size=dim, max_size=dim)
+    query = torch.tensor(data.draw(st.lists(vectors, min_size=users, max_size=users))).float()
+    item_emb = torch.tensor(data.draw(st.lists(vectors, min_size=items, max_size=items))).float()
+    rows = st.lists(st.integers(0, items - 1), max_size=items)
+    lists = st.none() | st.lists(rows, min_size=users, max_size=users)
+    exclude, candidates = data.draw(lists), data.draw(lists)
+    mask = data.draw(st.none() | st.lists(st.booleans(), min_size=items, max_size=items))
+    allowed = None if mask is None else torch.tensor(mask)
+    given_lists = [None if given is None else UserLists.from_lists(given) for given in (exclude, candidates)]
+    truth = definition(query, item_emb, k, allowed, exclude, candidates)
+    for backend, device in BACKENDS:
+        if device == "cpu":
+            assert_same(score_topk.bind(backend, device)(query, item_emb, k, allowed, *given_lists), truth)
+
+
+# --- nothing else matters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_batches_chunks_and_shards_give_the_same_bits(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, item_emb = (tensor.to(device) for tensor in clustered(9, 6007, 24))
+    op = score_topk.bind(backend, device)
+    whole = op(query, item_emb, 25)
+    for size in (1, 4):
+        parts = [op(part, item_emb, 25) for part in query.split(size)]
+        assert_same(tuple(torch.cat(column) for column in zip(*parts, strict=True)), whole)
+    for edges in ([0, 3000, 6007], [0, 1, 17, 4500, 6007]):
+        parts = []
+        for lo, hi in pairwise(edges):
+            rows, scores = op(query, item_emb[lo:hi], 25)
+            parts.append((torch.where(rows >= 0, rows + lo, -1), scores))
+        assert_same(merge_topk(*(torch.cat(column, 1) for column in zip(*parts, strict=True)), 25), whole)
+    for budget in (64, 1 << 12, 1 << 16):
+        force_chunks(monkeypatch, budget)
+        assert_same(op(query, item_emb, 25), whole)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_layouts(backend: str, device: str) -> None:
+    query, item_emb = (tensor.to(device) for tensor in gaussian(4, 3001, 12))
+    op = score_topk.bind(backend, device)
+    truth = op(query, item_emb, 9)
+    wide = torch.randn(3001, 40, device=device)
+    wide[:, 5:17] = item_emb
+    every_second = torch.randn(8, 12, device=device)
+    every_second[::2] = query
+    for layout in (item_emb.T.contiguous().T, wide[:, 5:17]):
+        assert_same(op(every_second[::2], layout, 9), truth)
+        assert_same(op(query.T.contiguous().T, layout, 9), truth)
+        assert_same(op(query, layout, 9, scan=scan_of(layout, torch.bfloat16)), truth)
+
+
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_unwritten_memory_is_not_read(
+    backend: str, device: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunked:
+        force_chunks(monkeypatch)
+    query, item_emb = gaussian(3, 4999, 5)
+    for dtype in SCANS:
+        scan = scan_of(item_emb.to(device), dtype)
+        found = score_topk.bind(backend, device)(query.to(device), item_emb.to(device), 11, scan=scan)
+        assert_same(found, definition(query, item_emb, 11))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("make", [gaussian, clustered])
+def test_reduced_matmul_precision_changes_nothing(precision: str, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch may be told to round the inputs of float32 products to tf32 or bfloat16."""
+    query, item_emb = make(8, 9001, 32)
+    truth = definition(query, item_emb, 10)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert_same(module.score_topk_ref(query, item_emb, 10), truth)
+        force_chunks(monkeypatch)
+        assert_same(module.score_topk_ref(query, item_emb, 10), truth)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_reduced_matmul_precision_widens_the_bound() -> None:
+    scan, before = ScanTable.build(torch.randn(3, 32)), torch.get_float32_matmul_precision()
+    looseness = []
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            looseness.append(scan.looseness(32))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert looseness[0] == 1.0
+    assert looseness[0] < looseness[1] < looseness[2]
+
+
+def test_items_in_another_order_are_the_same_items() -> None:
+    query, item_emb = gaussian(4, 3001, 12)
+    order = torch.randperm(3001)
+    rows, scores = module.score_topk_ref(query, item_emb, 30)
+    moved_rows, moved_scores = module.score_topk_ref(query, item_emb[order], 30)
+    assert torch.equal(order[moved_rows], rows)
+    assert torch.equal(moved_scores, scores)
+
+
+# --- the scan ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
+@pytest.mark.parametrize("make", [make for make in INPUTS if make is not huge])
+def test_the_bound_holds(make: Make, scan_dtype: torch.dtype) -> None:
+    query, item_emb = make(16, 2003, 48)
+    scan = scan_of(item_emb, scan_dtype)
+    error = (scan.scanned(query, 0, 2003).double() - exact_scores(query[:, None], item_emb).double()).abs()
+    factor, tiny = scan.slack(query)
+    assert bool((error <= factor[:, None].double() * scan.coef.double() + tiny[:, None].double()).all())
+    worst = scan.worst_slack(float(query.double().norm(dim=1).max()), 48)
+    assert float(error.max()) <= worst
+    assert worst <= 1.1 * float((factor[:, None] * scan.coef + tiny[:, None]).max())
+
+
+def test_the_bound_is_not_twice_too_wide_where_every_rounding_is_at_its_worst() -> None:
+    """1 + 2^-8 lies between two bfloat16 numbers, and so does 257, the sum of the rounded products."""
+    vector = torch.full((1, 257), 1.0 + 2.0**-8 - 2.0**-20)
+    scan = scan_of(vector, torch.bfloat16)
+    error = abs(float(scan.scanned(vector, 0, 1)) - float(exact_scores(vector, vector)))
+    bound = float(scan.slack(vector)[0] * scan.coef)
+    assert 0.9 * bound < error <= bound
+
+
+def test_users_of_whom_too_many_rows_tie_are_scored_by_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, item_emb = gaussian(6, 40_000, 8)
+    item_emb[:, 0] -= 9.0
+    item_emb[1000:30_000] = 0.0
+    query[:, 0] = torch.tensor([0.0, 9.0, 0.0, 9.0, 9.0, -1.0]) * 1e3  # for three users the zeros are the best
+    truth = definition(query, item_emb, 10)
+    slow: list[int] = []
+    real = module.topk_by_definition
+
+    def counting(query: Tensor, *rest: object) -> Tensor:
+        slow.append(len(query))
+        return real(query, *rest)
+
+    monkeypatch.setattr(module, "topk_by_definition", counting)
+    assert_same(module.score_topk_ref(query, item_emb, 10), truth)
+    assert slow == [3]
+
+
+def test_few_rows_are_scored_by_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ordinary vectors the scan leaves hardly more than k rows, and no user to the slow path."""
+    query, item_emb = gaussian(8, 50_000, 32)
+    scored: list[int] = []
+    real = module.pair_scores
+
+    def counting(query: Tensor, item_emb: Tensor, users: Tensor, rows: Tensor) -> Tensor:
+        scored.append(users.numel())
+        return real(query, item_emb, users, rows)
+
+    monkeypatch.setattr(module, "pair_scores", counting)
+    monkeypatch.setattr(module, "topk_by_definition", None)
+    module.score_topk_ref(query, item_emb, 20)
+    module.score_topk_ref(query, item_emb, 20, scan=scan_of(item_emb, torch.bfloat16))
+    assert scored[0] <= 8 * 22
+    assert scored[1] <= 8 * 60
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step of the scan holds a score per item and user."""
+    sizes: list[int] = []
+    real = ScanTable.scanned
+
+    def watching(scan: ScanTable, query: Tensor, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
+        sizes.append(query.shape[0] * (hi - lo))
+        return real(scan, query, lo, hi, out)
+
+    monkeypatch.setattr(ScanTable, "scanned", watching)
+    query, item_emb = gaussian(600, 60_000, 4)
+    module.score_topk_ref(query, item_emb, 10)
+    assert 4 * max(sizes) <= 16 << 20
+    assert sum(sizes) == 600 * 60_000
+
+
+def test_scan_dtypes() -> None:
+    for dtype in (torch.int8, torch.float16):
+        with pytest.raises(
+            InvalidArgument, match=r"scan_dtype: cannot scan in (int8|float16); accepted: float32, bfloat16"
+        ):
+            ScanTable.build(torch.randn(3, 2), dtype)
+    item_emb = torch.randn(3, 2)
+    assert ScanTable.build(item_emb).rows is item_emb
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_merge_keeps_the_highest_score_of_a_row() -> None:
+    rows = torch.tensor([[5, 3, -1, 5, 9, 3], [-1] * 6])
+    scores = torch.tensor([[1.0, 2.0, -torch.inf, 3.0, 2.0, 2.0], [-torch.inf] * 6])
+    merged = merge_topk(rows, scores, 4)
+    assert merged[0].tolist() == [[5, 3, 9, -1], [-1] * 4]
+    assert merged[1].tolist() == [[3.0, 2.0, 2.0, -torch.inf], [-torch.inf] * 4]
+    assert merge_topk(rows, scores, 2)[0].tolist() == [[5, 3], [-1, -1]]
+    assert merge_topk(rows, scores, 8)[0].shape == (2, 8)
+    assert merge_topk(rows[:0], scores[:0], 3)[0].shape == (0, 3)
+
+
+def test_merge_knows_a_real_minus_infinity_from_a_gap() -> None:
+    merged = merge_topk(torch.tensor([[-1, 4, 2]]), torch.tensor([[-torch.inf, -torch.inf, 0.0]]), 3)
+    assert merged[0].tolist() == [[2, 4, -1]]
+
+
+def test_merge_errors() -> None:
+    with pytest.raises(InvalidArgument, match=r"merge_topk: rows must be \[B, P\] int64 .* \(got \[2\] int64"):
+        merge_topk(torch.zeros(2, dtype=torch.int64), torch.zeros(2), 1)
+
+
+# --- user lists -------------------------------------------------------------------------------------------------------
+
+
+def as_lists(lists: UserLists) -> list[list[int]]:
+    offsets = lists.offsets.tolist()
+    return [lists.values[lo:hi].tolist() for lo, hi in pairwise(offsets)]
+
+
+def test_user_lists() -> None:
+    given_lists = [[3, 1], [], [2]]
+    lists = UserLists.from_lists(given_lists)
+    assert as_lists(lists) == given_lists
+    assert lists.n_users == 3
+    assert lists.users().tolist() == [0, 0, 2]
+    assert as_lists(lists.repeat(2)) == [[3, 1], [3, 1], [], [], [2], [2]]
+    assert as_lists(lists.select(torch.tensor([2, 0]))) == [[2], [3, 1]]
+    assert as_lists(lists.union(UserLists.from_lists([[9], [8], []]))) == [[3, 1, 9], [8], [2]]
+    assert as_lists(UserLists.from_lists([np.array([4]), torch.tensor([5, 6]), range(2)])) == [[4], [5, 6], [0, 1]]
+    assert UserLists.from_lists([]).n_users == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: UserLists(torch.zeros(2), torch.tensor([0, 2])),
+            r"values must be a flat int64 tensor \(got \[2\] float32",
+        ),
+        (lambda: UserLists(torch.zeros(2).long(), [0, 2]), r"offsets must be a flat int64 tensor \(got list\)"),
+        (
+            lambda: UserLists(torch.zeros(2).long(), torch.tensor([0, 1])),
+            r"end at the number of values, 2 \(got \[0, 1\]",
+        ),
+        (lambda: UserLists(torch.zeros(2).long(), torch.tensor([0, 2, 1, 2])), r"never fall"),
+        (lambda: UserLists(torch.zeros(0).long(), torch.tensor([]).long()), r"start at 0"),
+        (
+            lambda: UserLists.from_lists([[1], [1.5]]),
+            r"lists\[1\] must be a flat list of integers \(got \[1\] float32\)",
+        ),
+        (lambda: UserLists.from_lists([[1]]).union(UserLists.from_lists([[], []])), r"same users \(got 1 and 2\)"),
+    ],
+)
+def test_user_lists_errors(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"UserLists.*" + message):
+        make()
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+Q, E = torch.randn(2, 4), torch.randn(10, 4)
+LISTS = UserLists.from_lists([[1], [2, 10]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Q[0], E, 3), r"query must be \[B, D\] float32, D at least 1 \(got \[4\] float32\)"),
+        ((Q.double(), E, 3), r"query must be .* \(got \[2, 4\] float64\)"),
+        ((Q[:, :0], E, 3), r"query must be .* \(got \[2, 0\] float32\)"),
+        ((Q, E[:, :3], 3), r"item_emb must be \[N, 4\] float32, as wide as the query \(got \[10, 3\] float32\)"),
+        ((Q, E.half(), 3), r"item_emb must be .* \(got \[10, 4\] float16\)"),
+        ((Q, E, 0), r"k must be an integer of at least 1 \(got 0\)"),
+        ((Q, E, 2.0), r"k must be an integer of at least 1 \(got 2.0\)"),
+        ((Q, E, True), r"k must be an integer of at least 1 \(got True\)"),
+        ((Q, E, 3, torch.ones(9).bool()), r"allowed must be \[10\] bool, one per row \(got \[9\] bool\)"),
+        ((Q, E, 3, torch.ones(10)), r"allowed must be \[10\] bool, one per row \(got \[10\] float32\)"),
+        ((Q, E, 3, None, LISTS), r"user_exclude must hold rows 0..9 \(got 10\)"),
+        ((Q, E, 3, None, None, LISTS), r"user_candidates must hold rows 0..9 \(got 10\)"),
+        ((Q, E, 3, None, LISTS.repeat(2)), r"user_exclude must hold one list per query, 2 \(got 4\)"),
+        ((Q, E, 3, None, None, None, ScanTable.build(E[:9])), r"scan must be of item_emb, \[10, 4\] \(got \[9, 4\]\)"),
+        ((Q / 0, E, 3), r"query must be finite \(got NaN or infinity in query\[0\]\); check the model's weights"),
+        ((Q.new_tensor([[0.0] * 4, [torch.nan] * 4]), E, 3), r"query must be finite .* in query\[1\]"),
+        ((Q / 0, E, 3, None, None, UserLists.from_lists([[1], []])), r"query must be finite"),
+        ((Q, E.to("meta"), 3), r"item_emb must be where the query is, on cpu \(got meta\); move it"),
+        ((Q, E, 3, torch.ones(10).bool().to("meta")), r"allowed must be where the query is"),
+    ],
+)
+def test_errors(arguments: tuple, message: str) -> None:
+    for backend, device in BACKENDS:
+        if device == "cpu":
+            with pytest.raises(InvalidArgument, match="score_topk: " + message):
+                score_topk.bind(backend, device)(*arguments)
+
+
+def test_nothing_to_rank() -> None:
+    for rows, scores in (
+        module.score_topk_ref(Q[:0], E, 3),
+        module.score_topk_ref(Q, E[:0], 3),
+        module.score_topk_ref(Q, E, 3, torch.zeros(10).bool()),
+    ):
+        assert rows.shape == scores.shape == (rows.shape[0], 3)
+        assert bool((rows == -1).all())
+        assert bool((scores == -torch.inf).all())
