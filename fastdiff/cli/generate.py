@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     before = read_record(path) if path is not None and args.resume else None
     seed = args.seed
     if seed is None:
-        seed = secrets.randbits(63) if before is None else before.get("seed")
+        seed = secrets.randbits(63) if before is None else before["seed"]
     job = _Job(engine, sequences, n_users, batch_size, seed, arguments, show_progress=not args.no_progress)
     if path is None:
         return _to_stdout(job)
@@ -127,7 +127,7 @@ def _to_stdout(job: _Job) -> int:
     except KeyboardInterrupt:
         _say(f"interrupted after {done} of {job.n_users} users; with --output FILE a run can be continued")
         return 130
-    _say(f"{job.summary(done)}")
+    _say(job.summary(done))
     return 0
 
 

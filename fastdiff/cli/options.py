@@ -66,12 +66,12 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_engine(args: argparse.Namespace) -> Engine:
     # imported here: `fastdiff --help` and bad usage should not wait for torch
-    import torch
-
+    from fastdiff.engine import DTYPES
     from fastdiff.errors import InvalidArgument
     from fastdiff.loading import from_pretrained
 
-    dtype = None if args.dtype is None else getattr(torch, args.dtype, None)
-    if args.dtype is not None and not isinstance(dtype, torch.dtype):
-        raise InvalidArgument(f"--dtype: must be float32, float64, bfloat16 or float16 (got {args.dtype!r})")
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    if args.dtype is not None and args.dtype not in dtypes:
+        raise InvalidArgument(f"--dtype: must be one of {', '.join(dtypes)} (got {args.dtype!r})")
+    dtype = None if args.dtype is None else dtypes[args.dtype]
     return from_pretrained(args.folder, device=args.device, dtype=dtype, backend=args.backend)

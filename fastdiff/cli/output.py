@@ -61,8 +61,11 @@ def read_record(path: Path) -> Record | None:
         raise DataError(
             f"{record_of(path)}: not the JSON that a run leaves ({error}); give --overwrite to begin again"
         ) from error
-    if not isinstance(record, dict):
-        raise DataError(f"{record_of(path)}: must hold a JSON object (got {record!r}); give --overwrite to begin again")
+    if not isinstance(record, dict) or not isinstance(record.get("seed"), int):
+        raise DataError(
+            f"{record_of(path)}: not the record that a run leaves (got {_shown(record)}); "
+            "give --overwrite to begin again"
+        )
     return record
 
 
