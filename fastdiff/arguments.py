@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.catalog import ItemCatalog
-from fastdiff.config import AGGREGATIONS, RANKINGS, SCHEDULERS, GenerationConfig
+from fastdiff.config import AGGREGATIONS, RANKINGS, SCHEDULERS, GenerationConfig, ModelConfig
 from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.noise import (
@@ -220,9 +220,14 @@ class RankingRequest:
                 "ranking='published'", filters, "candidates and seen policy are the authors' own; 'clean' takes filters"
             )
 
-    def resolve(self, catalog: ItemCatalog, seen: UserLists, filter_seen_default: bool) -> dict[str, Any]:
-        """The filters as rows, under the names of `ItemCatalog.topk`'s arguments."""
-        n_users = len(seen.offsets) - 1
+    def resolve(
+        self, catalog: ItemCatalog, config: ModelConfig, seen: UserLists, filter_seen_default: bool
+    ) -> dict[str, Any]:
+        """Candidates and filters, under the names of `ItemCatalog.topk`'s arguments."""
+        if self.ranking == "published":
+            zeroed = None if config.published_seen_score is None else seen
+            return {"published": True, "n_published_rows": config.n_rows, "zeroed": zeroed}
+        n_users = seen.n_users
         exclude = _user_rows(catalog, self.user_exclude_items, n_users, "user_exclude_items")
         if filter_seen_default if self.filter_seen is None else self.filter_seen:
             exclude = seen if exclude is None else seen.union(exclude)

@@ -138,7 +138,7 @@ class Engine:
                 "save_pretrained: the catalogue has gained or lost items since it was loaded, which a model folder "
                 "cannot hold; save it with engine.catalog.save(folder) and assign the original before saving the model"
             )
-        ids = None if catalog.has_row_ids else list(catalog.item_ids)
+        ids = None if catalog.has_row_ids else catalog.item_ids
         checkpoint = Checkpoint(self.config, self.generation_config, self.model.weights, ids)
         write_folder(folder, checkpoint)
 
@@ -234,11 +234,7 @@ class Engine:
         window = Histories(parsed.window.items.to(self.device), parsed.window.lengths.to(self.device))
         request = NoiseRequest(noise, generator, seed, request_ids)
         draws, used_seed = request.resolve(window, n_samples, self.config.hidden_size, plan, closed, self.model.dtype)
-        if ranking == "published":
-            zeroed = parsed.seen if self.config.published_seen_score is not None else None
-            filters = {"published": True, "n_published_rows": self.config.n_rows, "zeroed": zeroed}
-        else:
-            filters = candidates.resolve(catalog, parsed.seen, settings.filter_seen)
+        filters = candidates.resolve(catalog, self.config, parsed.seen, settings.filter_seen)
         watch.lap("prepare")
         if n_users == 0:
             return self._empty(catalog, settings, used_seed, output_embeddings, watch)
