@@ -39,13 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cases = select(all_cases(), given.case, given.batch, given.full)
         providers = _known(given.provider, PROVIDERS, "provider")
+        cases = [case for case in cases if not providers or set(providers) & {*case.others, *case.ours}]
+        if not cases:
+            raise ValueError(f"--provider: none of these cases has {' or '.join(providers)}; --list shows who has what")
         device = _device(given.device)
     except ValueError as error:
         command.error(str(error))
     if given.seconds <= 0:
         command.error(f"--seconds must be more than 0 (got {given.seconds:g})")
     if given.list:
-        _list(cases)
+        _list(cases if given.case or given.batch else all_cases())
         return 0
     if given.threads is not None:
         torch.set_num_threads(given.threads)
@@ -70,7 +73,8 @@ def select(
     cases: Sequence[Case], names: Sequence[str] | None, batches: Sequence[int] | None, full: bool = False
 ) -> list[Case]:
     """The cases that were asked for; a case named by its full id is taken even if it is heavy."""
-    _known(names, {case.name for case in cases} | {case.id for case in cases}, "case")
+    ids = {case.id for case in cases}
+    _known([name for name in names or () if name not in ids], {case.name for case in cases}, "case")
     known_batches = {case.params["batch"] for case in cases}
     for batch in batches or ():
         if batch not in known_batches:
@@ -92,7 +96,7 @@ def _known(given: Sequence[str] | None, known: Sequence[str] | set[str] | dict[s
         if name not in known:
             close = difflib.get_close_matches(name, list(known), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"--{what}: unknown {what} {name!r}; known: {', '.join(sorted(known))}{hint}")
+            raise ValueError(f"--{what}: unknown name {name!r}; known: {', '.join(sorted(known))} (see --list){hint}")
     return list(given or ())
 
 
@@ -105,9 +109,12 @@ def _device(name: str) -> torch.device:
 
 
 def _list(cases: Sequence[Case]) -> None:
-    print("cases:")
-    for case in cases:
-        print(f"  {case.id:<44} {case.setting}{'  [--full]' if case.heavy else ''}")
+    for name in dict.fromkeys(case.name for case in cases):
+        members = [case for case in cases if case.name == name]
+        print(f"{name}: {members[0].setting}")
+        print(f"  providers: {', '.join([*members[0].others, *members[0].ours])}")
+        for case in members:
+            print(f"  {case.id}{'  (only with --full)' if case.heavy else ''}")
     print("providers:")
     for name, what in PROVIDERS.items():
         print(f"  {name:<24} {what}")

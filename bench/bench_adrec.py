@@ -32,6 +32,7 @@ from bench.cases import (
 from bench.published.adrec import PublishedADRec
 from bench.weights import random_weights
 from fastdiff.config import ADRecConfig
+from fastdiff.models.adrec import ADRec
 from fastdiff.models.base import Model
 from fastdiff.noise import GivenNoise
 from fastdiff.plan import StepPlan
@@ -111,7 +112,8 @@ def adrec_case(batch: int, lengths: str, **sizes: int) -> Case:
         f"histories to x_0, T = {config.schedule.num_train_timesteps}, L = {config.max_seq_len}, "
         f"D = {config.hidden_size}, {config.n_encoder_layers} + {config.n_decoder_layers} blocks, draws given"
     )
-    return Case("adrec", {"lengths": lengths, "batch": batch}, setting, partial(providers, config, batch, lengths))
+    params: dict[str, int | str] = {"lengths": lengths, "batch": batch}
+    return Case("adrec", params, setting, partial(providers, config, batch, lengths), ADRec.ops)
 
 
 CASES = [adrec_case(batch, lengths) for lengths in ("full", "beauty") for batch in (1, 32, 256)]

@@ -30,6 +30,7 @@ from bench.published.cddrec import CDDRecModel
 from bench.weights import random_weights
 from fastdiff.config import CDDRecConfig
 from fastdiff.models.base import Model
+from fastdiff.models.cddrec import CDDRec
 from fastdiff.noise import GivenNoise
 from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
@@ -101,7 +102,7 @@ def providers(config: CDDRecConfig, batch: int, options: Options) -> Iterator[Pr
 def cddrec_case(batch: int, **sizes: int) -> Case:
     config = cddrec_config(**sizes)
     setting = f"histories to x_0, L = {config.max_seq_len}, D = {config.hidden_size}, coupled batch, draws given"
-    return Case("cddrec", {"batch": batch}, setting, partial(providers, config, batch))
+    return Case("cddrec", {"batch": batch}, setting, partial(providers, config, batch), CDDRec.ops)
 
 
 CASES = [cddrec_case(128)]

@@ -30,6 +30,7 @@ from bench.weights import random_weights
 from fastdiff.closed_form import collapse
 from fastdiff.config import DreamRecConfig
 from fastdiff.models.base import Model
+from fastdiff.models.dreamrec import DreamRec
 from fastdiff.noise import GivenNoise
 from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
@@ -38,6 +39,7 @@ GUIDANCE = 3.0
 """DreamRec's w = 2."""
 
 PROBE = 2.0**12
+OURS = ("fastdiff", "fastdiff-closed-form")
 
 
 def dreamrec_config(num_train_timesteps: int = 500, hidden_size: int = 64, n_items: int = 12_101) -> DreamRecConfig:
@@ -175,7 +177,8 @@ def dreamrec_case(batch: int, **sizes: int) -> Case:
     config = dreamrec_config(**sizes)
     steps, dim = config.schedule.num_train_timesteps, config.hidden_size
     setting = f"condition to x_0, T = {steps}, D = {dim}, mlp1, w = 2, draws given"
-    return Case("dreamrec", {"batch": batch}, setting, partial(providers, config, batch))
+    build = partial(providers, config, batch)
+    return Case("dreamrec", {"batch": batch}, setting, build, DreamRec.ops, ours=OURS)
 
 
 CASES = [dreamrec_case(batch) for batch in (1, 32, 256)]

@@ -20,7 +20,8 @@ from bench.cases import GOLDEN, Absent, Case, Gate, Options, Provider, bindings,
 from fastdiff.ops.score_topk import ScanTable, score_topk
 
 CHECKED_QUERIES = 8
-BLOCK_ITEMS = 1 << 16
+OTHERS = ("torch-topk", "torch-topk-compiled", "faiss", "faiss-tuned")
+OURS = ("fastdiff", "fastdiff-bf16-scan")
 
 
 def exact_ranking(query: Tensor, item_emb: Tensor, k: int) -> Tensor:
@@ -78,7 +79,8 @@ def providers(n_items: int, k: int, batch: int, dim: int, options: Options) -> I
 def score_topk_case(n_items: int, k: int, batch: int, dim: int = 64, heavy: bool = False) -> Case:
     params: dict[str, int | str] = {"items": n_items, "k": k, "batch": batch}
     setting = f"queries to the k best items, D = {dim}, float32"
-    return Case("score_topk", params, setting, partial(providers, n_items, k, batch, dim), heavy)
+    build = partial(providers, n_items, k, batch, dim)
+    return Case("score_topk", params, setting, build, (score_topk,), OTHERS, OURS, heavy)
 
 
 CASES = [

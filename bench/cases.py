@@ -111,6 +111,7 @@ class Case:
     params    what identifies it, "batch" among them
     setting   the sizes that do not vary between the cases of a subject, for the caption
     build     Options -> providers, and those that are absent
+    others    names of the other providers       ours  names of fastdiff's, each once per way to run `ops`
     heavy     measured only with --full
     """
 
@@ -118,11 +119,19 @@ class Case:
     params: dict[str, int | str]
     setting: str
     build: Callable[[Options], Iterable[Provider | Absent]] = field(repr=False)
+    ops: tuple[Op, ...] = field(repr=False)
+    others: tuple[str, ...] = ("published", "published-compiled")
+    ours: tuple[str, ...] = ("fastdiff",)
     heavy: bool = False
 
     @property
     def id(self) -> str:
         return "/".join([self.name, *(f"{key}={value}" for key, value in self.params.items())])
+
+    def labels(self, options: Options) -> list[str]:
+        """The labels of the providers that `build` gives, absent ones included; known without building."""
+        ways = bindings(self.ops, options.device)
+        return [*self.others, *(f"{name}[{way}]" for name in self.ours for way in ways)]
 
 
 def all_cases() -> list[Case]:

@@ -2,8 +2,8 @@
 
 A row is one JSON object on one line: what was measured (case, params, setting, provider, backend), the figures
 (median_s, p10_s, p90_s, samples, calls_per_sample, flops, bytes, setup_s), the check (status, error, tolerance,
-against) and where (machine, ceilings, others, load, date, run, commit, version). A provider that fails its check has the
-status "WRONG" and no figures.
+against) and where (machine, ceilings, others, load, date, run, commit, version). A provider that fails its check has
+the status "WRONG" and no figures.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Session:
     ceilings: dict[str, float]
     say: Callable[[str], None] = print
     started: str = field(default_factory=lambda: _now())
+    absent: set[str] = field(default_factory=set)
 
     @classmethod
     def open(cls, options: Options, budget: Budget, say: Callable[[str], None] = print) -> Session:
@@ -113,7 +114,9 @@ def _check_all(case: Case, session: Session) -> list[Checked]:
         if not session.options.wants(provider.name):
             continue
         if isinstance(provider, Absent):
-            session.say(f"  {provider.name}: absent: {provider.reason}")
+            if provider.name not in session.absent:  # once in a run
+                session.say(f"  {provider.name} is absent: {provider.reason}")
+                session.absent.add(provider.name)
             continue
         checked.append(check(provider, session.options))
     # a compiled kernel's products are not counted; it does the work of the torch backend
