@@ -248,7 +248,7 @@ def as_id_array(ids: Any, where: str) -> IdArray:
     first = str if isinstance(ids[0], str) else int
     accepted = (str,) if first is str else (int, np.integer)
     at = next(i for i, item in enumerate(ids) if not isinstance(item, accepted) or isinstance(item, bool))
-    raise CatalogError(f"{where}: ids must be {KINDS} (got {ids[at]!r}, a {type(ids[at]).__name__}, at index {at})")
+    raise CatalogError(f"{where}: ids must be {KINDS} (got {ids[at]!r} of type {type(ids[at]).__name__} at index {at})")
 
 
 def check_new_ids(ids: IdArray, where: str) -> None:
