@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class SamplerRequest:
     def resolve(self, defaults: GenerationConfig, make_plan: Callable[..., StepPlan]) -> tuple[StepPlan, bool]:
         """The table to run, and whether it is to be run in closed form.
 
-        make_plan  (scheduler, num_steps, timesteps, eta, spacing) -> StepPlan, the model's own
+        make_plan  (scheduler, num_steps, timesteps, eta, spacing) -> StepPlan, the model's own; may be cached
         """
         shape = {"num_inference_steps": self.num_inference_steps, "timesteps": self.timesteps, "eta": self.eta}
         given = [name for name, value in shape.items() if value is not None]
@@ -81,7 +81,15 @@ class SamplerRequest:
         if num_steps is None and self.timesteps is None:
             num_steps = defaults.num_inference_steps
         eta = defaults.eta if self.eta is None else self.eta
-        return make_plan(name, num_steps, self.timesteps, eta, defaults.timestep_spacing), closed
+        return make_plan(name, num_steps, self._timesteps(), eta, defaults.timestep_spacing), closed
+
+    def _timesteps(self) -> tuple[int, ...] | None:
+        if self.timesteps is None:
+            return None
+        given = self.timesteps.tolist() if isinstance(self.timesteps, Tensor) else self.timesteps
+        if not isinstance(given, Iterable) or not all(hasattr(t, "__index__") for t in given):
+            raise InvalidArgument(f"generate: timesteps must be a sequence of ints (got {self.timesteps!r})")
+        return tuple(t.__index__() for t in given)
 
 
 def resolve_settings(defaults: GenerationConfig, **given: Any) -> GenerationConfig:

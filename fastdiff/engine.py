@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,16 @@ class Engine:
         backend: str = "auto",
     ) -> None:
         self.model = model
-        self.catalog = catalog
+        self.catalog = self._loaded_catalog = catalog
         self.generation_config = generation_config
+        self._make_plan = lru_cache(maxsize=64)(model.plan)  # a table of T rows takes longer to make than to run
         self._topk_op = score_topk.bind(backend, model.device)
         self.backends = {name: op.backend for name, op in model.bound.items()} | {"score_topk": self._topk_op.backend}
         self._lock = threading.Lock()
         self._closed_forms: dict[tuple[bytes, bytes], ClosedForm] = {}
         self._history_table: tuple[ItemCatalog, Tensor] | None = None
         if generation_config.scheduler == "closed_form":  # a chain that cannot be collapsed is refused at load
-            plan, _ = SamplerRequest().resolve(generation_config, model.plan)
+            plan, _ = SamplerRequest().resolve(generation_config, self._make_plan)
             cold = Histories(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
             condition = self._encode(cold, catalog)
             self._closed_form(model.prepare(condition, plan, generation_config.guidance_scale), plan)
@@ -129,14 +131,13 @@ class Engine:
         return cls(model, catalog, checkpoint.generation_config, backend)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a folder that `from_pretrained` loads; items added to the catalogue are saved with the
-        catalogue's own `save`."""
+        """Write the model, in the dtype that it runs in, as a folder that `from_pretrained` loads. A catalogue that has
+        changed since it was loaded is refused: it has a `save` of its own."""
         catalog = self.catalog
-        original = ItemCatalog.from_table(self.model.item_table, self.config.special_rows, metric=self.config.metric)
-        if catalog.n_rows != original.n_rows or not torch.equal(catalog.is_item.cpu(), original.is_item.cpu()):
+        if catalog is not self._loaded_catalog:
             raise InvalidArgument(
-                "save_pretrained: the catalogue has gained or lost items since it was loaded, which a model folder "
-                "cannot hold; save it with engine.catalog.save(folder) and assign the original before saving the model"
+                "save_pretrained: the catalogue is not the one that was loaded (items were added, updated or removed), "
+                "which a model folder cannot hold; save the catalogue with engine.catalog.save(folder)"
             )
         ids = None if catalog.has_row_ids else catalog.item_ids
         checkpoint = Checkpoint(self.config, self.generation_config, self.model.weights, ids)
@@ -156,7 +157,7 @@ class Engine:
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         histories: ArrayLike,
@@ -223,7 +224,7 @@ class Engine:
             aggregation=aggregation,
         )
         sampler = SamplerRequest(scheduler, num_inference_steps, timesteps, eta)
-        plan, closed = sampler.resolve(self.generation_config, self.model.plan)
+        plan, closed = sampler.resolve(self.generation_config, self._make_plan)
         if closed and callback_on_step_end is not None:
             raise InvalidArgument("generate: callback_on_step_end excludes scheduler='closed_form', which has no steps")
         candidates = RankingRequest(
@@ -276,7 +277,7 @@ class Engine:
         show_progress: bool = False,
         **arguments: Any,
     ) -> Iterator[GenerateOutput]:
-        """`generate()` over any number of histories, `batch_size` at a time: holds one batch, yields one output for each.
+        """`generate()` over any number of histories: holds one batch of `batch_size`, yields one output for each.
 
         histories    any iterable of histories, also an endless one
         request_ids  an iterable beside it

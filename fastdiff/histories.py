@@ -1,7 +1,7 @@
 """From what a caller holds to what a model sees: ids to rows of the item table, padding off, cut to the window.
 
 Accepted: a list of histories (each a list, tuple, numpy array or tensor of external item ids, any length, empty for a
-cold user), or one padded integer array or tensor `[B, L]`, padded on either side with -1 or with the model's own pad id.
+cold user), or one padded integer array or tensor `[B, L]`, padded on either side with -1 or the model's own pad id.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ IntArray = npt.NDArray[np.int64]
 ArrayLike = Sequence[Any] | npt.NDArray[Any] | Tensor
 
 _ACCEPTED = (
-    "a list of histories (lists of item ids, oldest first) or an integer array [B, L], padded on either side with -1 or "
-    "the model's pad id, is accepted"
+    "a list of histories (lists of item ids, oldest first) or an integer array [B, L], padded on either side with -1 "
+    "or the model's pad id, is accepted"
 )
 
 

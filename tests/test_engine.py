@@ -392,7 +392,7 @@ def test_catalogue_updates_under_way_do_not_disturb_readers() -> None:
         try:
             for _ in range(30):
                 answers.add(tuple(engine.generate([[5]], seed=1, top_k=3).item_ids[0].tolist()))
-        except Exception as error:  # noqa: BLE001 (a thread's failure is what the test looks for)
+        except Exception as error:  # whatever a reader trips over is what the test looks for
             failures.append(error)
 
     readers = [threading.Thread(target=read) for _ in range(3)]
@@ -461,7 +461,7 @@ def test_backends_are_named_and_refused_with_the_reason(engine: Any) -> None:
     assert set(engine.backends.values()) == {"torch"}
     assert "score_topk" in engine.backends
     with pytest.raises(
-        BackendUnavailable, match="backend 'triton' cannot run: it needs a CUDA device, got cpu. Usable"
+        BackendUnavailable, match=r"backend 'triton' cannot run: it needs a CUDA device, got cpu. Usable"
     ):
         small_engine_with_backend("triton")
     with pytest.raises(InvalidArgument, match="unknown name 'jax'; known backends: auto, torch, cpu, triton, cuda"):
@@ -482,6 +482,22 @@ def test_save_and_load(engine: Any, tmp_path: Path) -> None:
     a, b = engine.generate(HISTORIES, seed=1), loaded.generate(HISTORIES, seed=1)
     assert torch.equal(a.item_ids, b.item_ids)
     assert_agree(a.scores, b.scores, torch.float32)  # another address, another alignment, another order of sums
+
+
+def test_a_changed_catalogue_is_not_saved_with_the_model(engine: Any, tmp_path: Path) -> None:
+    engine.catalog = engine.catalog.remove([5])
+    with pytest.raises(InvalidArgument, match="save_pretrained: the catalogue is not the one that was loaded"):
+        engine.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_outputs_are_ordinary_tensors(engine: Any) -> None:
+    """Callers may write into them and train on them."""
+    output = engine.generate(HISTORIES, seed=1, output_embeddings=True)
+    output.scores[0, 0] = 0.0
+    weight = torch.ones(16, requires_grad=True)
+    (output.embeddings @ weight).sum().backward()
+    assert weight.grad is not None
 
 
 def test_repr_says_what_it_is(engine: Any) -> None:
@@ -532,6 +548,8 @@ BAD_ARGUMENTS = [
     ({"num_inference_steps": 0}, r"num_inference_steps must be an int in 1\.\.12"),
     ({"num_inference_steps": 13}, r"num_inference_steps must be an int in 1\.\.12.*\(got 13\)"),
     ({"num_inference_steps": 3, "timesteps": [5, 1]}, r"num_inference_steps excludes timesteps"),
+    ({"timesteps": ["a"]}, r"timesteps must be a sequence of ints \(got \['a'\]\)"),
+    ({"timesteps": 3}, r"timesteps must be a sequence of ints \(got 3\)"),
     ({"timesteps": [1, 5]}, r"timesteps must strictly descend"),
     ({"timesteps": [12]}, r"timesteps must lie in 0\.\.11"),
     ({"eta": 0.5, "scheduler": "ddpm"}, r"eta belongs to scheduler='ddim'"),
@@ -589,7 +607,7 @@ def test_bad_devices_and_dtypes() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InvalidArgument, match="torch sees no CUDA device here; use 'cpu'"):
             fastdiff.Engine.from_checkpoint(checkpoint, device="cuda")
-    with pytest.raises(InvalidArgument, match="dtype: must be one of torch.float32.*got torch.int8"):
+    with pytest.raises(InvalidArgument, match=r"dtype: must be one of torch.float32.*got torch.int8"):
         fastdiff.Engine.from_checkpoint(checkpoint, dtype=torch.int8)
 
 
