@@ -12,14 +12,14 @@ from typing import Any
 from setuptools import Extension, find_packages, setup
 
 LOST = (
-    "fastdiff: the C++ module fastdiff._C was not built ({reason}). fastdiff works without it, in plain PyTorch; lost are "
-    "the 'C++ part' and 'CPU' lines of `fastdiff env`. To have it, install a C++17 compiler and the Python headers "
+    "fastdiff: the C++ module fastdiff._C was not built ({reason}). fastdiff works without it, in plain PyTorch; lost "
+    "are the 'C++ part' and 'CPU' lines of `fastdiff env`. To have it, install a C++17 compiler and the Python headers "
     "(Debian, Ubuntu: apt install g++ python3-dev) and install fastdiff again."
 )
 
 
 def extension() -> tuple[list[Extension], dict[str, Any]]:
-    """The extension and the command that builds it; nothing where pybind11 is missing (only without build isolation)."""
+    """The extension and the command that builds it; nothing without pybind11 (which only build isolation brings)."""
     try:
         from pybind11.setup_helpers import Pybind11Extension, build_ext
     except ImportError:

@@ -94,21 +94,21 @@ class TARecNetwork(nn.Module):
 
 
 @dataclass(frozen=True)
-class Losses:
+class LossWeights:
     """Weights of stage 1's terms. `drop_guidance` is the share of cases trained with the null token instead of g."""
 
     consistency: float = 0.4
-    ranking: float = 1.0
+    ranking: float = 4.0
     drop_guidance: float = 0.1
 
 
 def add_noise(alphas_cumprod: Tensor, x: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-    """q(x_t | x) = sqrt(abar_t) x + sqrt(1 - abar_t) noise; t = -1 is x itself. All `[R, D]`, timesteps `[R]`."""
-    abar = torch.where(timesteps >= 0, alphas_cumprod[timesteps.clamp(min=0)], 1.0)[:, None]
+    """q(x_t | x): sqrt(abar_t) x + sqrt(1 - abar_t) noise. All `[R, D]`, timesteps `[R]`."""
+    abar = alphas_cumprod[timesteps][:, None]
     return abar.sqrt() * x + (1 - abar).sqrt() * noise
 
 
-def pretraining_loss(network: TARecNetwork, alphas_cumprod: Tensor, items: Tensor, weights: Losses) -> Tensor:
+def pretraining_loss(network: TARecNetwork, alphas_cumprod: Tensor, items: Tensor, weights: LossWeights) -> Tensor:
     """Stage 1 on sequences `[B, L + 1]`: every item is the target of the prefix before it."""
     g = network.encode(items[:, :-1]).flatten(0, 1)
     targets = items.flatten()

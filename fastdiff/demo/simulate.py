@@ -1,7 +1,7 @@
 """A catalogue of 600 named items and the exact law by which simulated users choose the next one.
 
-Ten genres hold ten series of six parts each. With `a` the last and `b` the one before of the items seen so far, the next
-item x is drawn from
+Ten genres hold ten series of six parts each. With `a` the last and `b` the one before of the items seen so far, the
+next item x is drawn from
 
     p(x | history)  proportional to  (1 - RESUME) after_last[a, x] + RESUME after_previous[b, x],    x not seen yet
 
@@ -9,8 +9,8 @@ item x is drawn from
                     of the genre; with the rest of the mass any item at all
     after_previous  the next part of b's series: a user who looked at something else goes back
 
-so the law reads two items back, nobody sees an item twice, and every distribution is explicit: no model can have a higher
-expected hit rate at K than the mean mass of the K most probable items, which `best_hit_rate` computes.
+so the law reads two items back, nobody sees an item twice, and every distribution is explicit: no model can have a
+higher expected hit rate at K than the mean mass of the K most probable items, which `best_hit_rate` computes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Law:
-    """The law of the module's head: `start [N]` for a user who has seen nothing, `after_last` and `after_previous [N, N]`."""
+    """The law above: `after_last` and `after_previous [N, N]`, and `start [N]` for a user who has seen nothing."""
 
     start: Floats
     after_last: Floats
@@ -82,7 +82,7 @@ class Law:
 
     @property
     def n_items(self) -> int:
-        return self.start.shape[0]
+        return len(self.start)
 
     def next_item(self, items: Ints, lengths: Ints | None = None) -> Floats:
         """p(next item | history) `[B, N]`, rows that sum to 1.
@@ -91,13 +91,14 @@ class Law:
         """
         n_users, width = items.shape
         lengths = np.full(n_users, width) if lengths is None else lengths
-        mass = np.broadcast_to(self.start, (n_users, self.n_items)).copy()
+        mass: Floats = np.tile(self.start, (n_users, 1))
         some, two = np.flatnonzero(lengths >= 1), np.flatnonzero(lengths >= 2)
         mass[some] = (1 - RESUME) * self.after_last[items[some, lengths[some] - 1]]
         mass[two] += RESUME * self.after_previous[items[two, lengths[two] - 2]]
         user, place = np.nonzero(np.arange(width) < lengths[:, None])
         mass[user, items[user, place]] = 0.0
-        return mass / mass.sum(axis=1, keepdims=True)
+        mass /= mass.sum(axis=1, keepdims=True)
+        return mass
 
 
 @cache
@@ -114,13 +115,13 @@ def build_law() -> Law:
     catalogue = build_catalogue()
     n_items, n_series, in_genre = len(catalogue), len(catalogue) // PARTS, 10
     item = np.arange(n_items)
-    row = item[:, None]
     series, part = catalogue.series, catalogue.part
     genre, place = series // in_genre, series % in_genre
 
     # the parts that a series does not have give their mass to the related series
-    step_mass = [np.where(part + step < PARTS, share, 0.0) for step, share in ((1, NEXT_PART), (2, SKIP_PART))]
-    related_mass = RELATED + NEXT_PART + SKIP_PART - sum(step_mass)
+    next_mass = np.where(part + 1 < PARTS, NEXT_PART, 0.0)
+    skip_mass = np.where(part + 2 < PARTS, SKIP_PART, 0.0)
+    related_mass = RELATED + (NEXT_PART - next_mass) + (SKIP_PART - skip_mass)
     related_series = np.stack(
         [genre * in_genre + (place + offset) % in_genre for offset in (1, 2, in_genre // 2)]
         + [(series + in_genre) % n_series],
@@ -129,10 +130,10 @@ def build_law() -> Law:
     favourite_items = genre[:, None] * in_genre * PARTS + np.array([0, 2, 4, 6, 8, 0]) * PARTS + [0, 0, 0, 0, 0, 1]
 
     after_last = np.full((n_items, n_items), (1 - NEXT_PART - SKIP_PART - RELATED - FAVOURITES) / n_items)
-    for step, mass in ((1, step_mass[0]), (2, step_mass[1])):
-        after_last[item, np.minimum(item + step, n_items - 1)] += mass
-    np.add.at(after_last, (row, related_series * PARTS), related_mass[:, None] * RELATED_WEIGHTS)
-    np.add.at(after_last, (row, favourite_items), FAVOURITES * FAVOURITE_WEIGHTS)
+    after_last[item[:-1], item[:-1] + 1] += next_mass[:-1]
+    after_last[item[:-2], item[:-2] + 2] += skip_mass[:-2]
+    np.add.at(after_last, (item[:, None], related_series * PARTS), related_mass[:, None] * RELATED_WEIGHTS)
+    np.add.at(after_last, (item[:, None], favourite_items), FAVOURITES * FAVOURITE_WEIGHTS)
 
     after_previous = np.zeros((n_items, n_items))
     goes_on = part + 1 < PARTS
@@ -163,7 +164,7 @@ def _simulate(law: Law, n_users: int, length: int, rng: np.random.Generator) -> 
 
 
 def best_hit_rate(probabilities: Floats, k: int) -> float:
-    """The highest expected hit rate at k that any model can reach: mean over users of the mass of the k likeliest items.
+    """The highest expected hit rate at k that a model can reach: mean over users of the mass of the k likeliest items.
 
     probabilities  [B, N], p(next item | history)
     """

@@ -1,0 +1,196 @@
+"""The demo: the law is a distribution, its bound is right, the shipped model keeps its claim, the training learns."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.config import TARecConfig
+from fastdiff.demo.__main__ import MODEL, main
+from fastdiff.demo.measure import draw_users, measure
+from fastdiff.demo.network import TARecNetwork
+from fastdiff.demo.simulate import (
+    PARTS,
+    best_hit_rate,
+    build_catalogue,
+    build_law,
+    expected_hit_rate,
+    simulate_users,
+)
+from fastdiff.demo.train import Recipe, as_checkpoint, demo_config, train
+from fastdiff.engine import Engine
+from fastdiff.models.base import Histories
+from fastdiff.schedule import ScheduleConfig
+from tests.tolerances import assert_agree
+
+LAW = build_law()
+FRESH_SEED = 31337  # of no training, validation or demo run
+
+
+# --- the simulation ---------------------------------------------------------------------------------------------------
+
+
+def test_every_item_has_a_name_of_its_own() -> None:
+    catalogue = build_catalogue()
+    assert len(set(catalogue.names)) == len(catalogue) == LAW.n_items
+    assert catalogue.names[PARTS] == "The Ninth Key, part 1"
+    assert (np.bincount(catalogue.series) == PARTS).all()
+
+
+def test_the_law_is_a_distribution_over_the_items_not_seen() -> None:
+    users = draw_users(LAW, 300, seed=5)
+    for lengths in (users.lengths, np.zeros_like(users.lengths), np.full_like(users.lengths, 10)):
+        probabilities = LAW.next_item(users.items[:, :-1], lengths)
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, rtol=1e-12)
+        assert (probabilities >= 0).all()
+        for row, items, length in zip(probabilities, users.items, lengths, strict=True):
+            assert (row[items[:length]] == 0).all()
+    np.testing.assert_allclose(LAW.after_last.sum(axis=1), 1.0, rtol=1e-12)
+
+
+def test_the_law_reads_the_last_two_items_and_nothing_before() -> None:
+    a, b, c = 0, 6 * PARTS, 14 * PARTS
+    other = 500
+    one, two = LAW.next_item(np.array([[other, a, b], [c, a, b]]))
+    unseen = np.setdiff1d(np.arange(LAW.n_items), [other, c])
+    np.testing.assert_allclose(one[unseen] / one[unseen].sum(), two[unseen] / two[unseen].sum(), rtol=1e-12)
+    assert one[a + 1] > 0.1, "the series before the last goes on"
+    swapped = LAW.next_item(np.array([[other, b, a]]))[0]
+    assert swapped[a + 1] > one[a + 1] > one[a + 2]
+
+
+def test_simulated_users_follow_the_law() -> None:
+    """Frequencies of the next item after one fixed history, five standard errors wide."""
+    first = int(np.argmax(LAW.start))
+    sequences = simulate_users(LAW, 20_000, 2, seed=8)
+    after = sequences[sequences[:, 0] == first, 1]
+    expected = LAW.next_item(np.array([[first]]))[0]
+    observed = np.bincount(after, minlength=LAW.n_items) / len(after)
+    assert (np.abs(observed - expected) <= 5 * np.sqrt(expected / len(after)) + 5 / len(after)).all()
+    assert (np.sort(simulate_users(LAW, 50, 11, seed=1), axis=1)[:, 1:] > 0).any()
+    assert all(len(set(row)) == 11 for row in simulate_users(LAW, 50, 11, seed=1).tolist())
+
+
+def test_the_same_seed_draws_the_same_users() -> None:
+    np.testing.assert_array_equal(simulate_users(LAW, 40, 5, seed=3), simulate_users(LAW, 40, 5, seed=3))
+    assert (simulate_users(LAW, 40, 5, seed=3) != simulate_users(LAW, 40, 5, seed=4)).any()
+    assert simulate_users(LAW, 0, 5, seed=3).shape == (0, 5)
+
+
+def test_the_best_hit_rate_is_what_the_best_lists_hit() -> None:
+    """Brute force: the ten likeliest items of each user, against the items that the users really took."""
+    users = draw_users(LAW, 20_000, seed=12)
+    probabilities = users.probabilities(LAW)
+    lists = np.argsort(-probabilities, axis=1, kind="stable")[:, :10]
+    best = best_hit_rate(probabilities, 10)
+    assert best == pytest.approx(expected_hit_rate(probabilities, lists), rel=1e-12)
+    hit_rate = (lists == users.answers[:, None]).any(axis=1).mean()
+    assert abs(hit_rate - best) < 5 * np.sqrt(best * (1 - best) / len(lists))
+    worse = np.sort(lists, axis=1)
+    worse[:, 0] = np.argmin(probabilities, axis=1)
+    assert expected_hit_rate(probabilities, worse) < best
+
+
+# --- the shipped model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return fastdiff.from_pretrained(MODEL)
+
+
+def test_the_shipped_model_reaches_its_claim(engine: Engine) -> None:
+    measured = measure(engine, n_users=4000, seed=FRESH_SEED)
+    assert measured.share_of_best > 0.93
+    noise = np.sqrt(measured.expected * (1 - measured.expected) / measured.n_users)
+    assert abs(measured.hit_rate - measured.expected) < 5 * noise
+    assert measured.expected < measured.best
+
+
+def test_the_shipped_model_is_small_and_names_its_items(engine: Engine) -> None:
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) < 700_000
+    assert tuple(engine.catalog.item_ids) == build_catalogue().names
+    output = engine.generate([["Harbour Lights, part 1", "Harbour Lights, part 2"]], top_k=3, seed=0)
+    assert output.item_ids[0, 0] == "Harbour Lights, part 3"
+
+
+def test_more_steps_and_a_cold_user_work_too(engine: Engine) -> None:
+    cold = engine.generate([[]], seed=1)
+    assert {name.rpartition(" ")[2] for name in cold.item_ids[0].tolist()} == {"1"}, "everybody starts with a part 1"
+    few = engine.generate([["Reef, part 1"]], num_inference_steps=5, seed=1)
+    assert few.item_ids[0, 0] == "Reef, part 2"
+
+
+def test_the_command_says_how_close_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--users", "300"])
+    printed = capsys.readouterr().out
+    assert "of the 0.8" in printed
+    assert "histories per second" in printed
+    assert "part 2" in printed
+    with pytest.raises(SystemExit):
+        main(["--users", "0"])
+    assert "--users must be at least 1" in capsys.readouterr().err
+
+
+# --- the training -----------------------------------------------------------------------------------------------------
+
+
+def tiny_config(denoiser: str) -> TARecConfig:
+    return TARecConfig(12, 16, 5, ScheduleConfig("linear", 1000, "float32"), denoiser=denoiser)
+
+
+@pytest.mark.parametrize("denoiser", ["mlp1", "mlp2"])
+def test_the_network_that_is_trained_is_the_model_that_runs(denoiser: str) -> None:
+    config = tiny_config(denoiser)
+    network = TARecNetwork(config)
+    with (
+        torch.no_grad()
+    ):  # fresh norms can put a row's sum at exactly 0, which DreamRec's code masks; trained ones do not
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    items = torch.randint(0, config.n_items, (7, config.max_seq_len))
+    engine = Engine.from_checkpoint(as_checkpoint(network))
+    with torch.no_grad():
+        prefixes = network.encode(items)
+        for n in range(config.max_seq_len + 1):
+            lengths = torch.full((7,), n)
+            padded = torch.full_like(items, config.pad_id)
+            padded[:, :n] = items[:, :n]
+            ours = engine.model.encode(Histories(padded[:, : max(n, 1)], lengths), engine.model.item_table)
+            assert_agree(prefixes[:, n], ours, torch.float32)
+        x_t = torch.randn(7, config.hidden_size)
+        last = config.schedule.num_train_timesteps - 1
+        estimate = network.denoise(x_t, prefixes[:, -1], torch.full((7,), last))
+        output = engine.generate(items.tolist(), noise=x_t, output_embeddings=True)
+        assert output.embeddings is not None
+        assert_agree(output.embeddings, estimate, torch.float32)
+
+
+def test_training_learns_a_cycle() -> None:
+    """Items that always follow each other: after a few seconds the next one comes first, from noise, in one step."""
+    config = tiny_config("mlp2")
+    starts = torch.arange(config.n_items)
+    sequences = (starts[:, None] + torch.arange(config.max_seq_len + 1)) % config.n_items
+    losses: list[float] = []
+    recipe = Recipe(steps=250, learning_rate=2e-2, preference_steps=20, batch_size=16)
+    network = train(config, sequences, recipe, report=lambda step, loss: losses.append(loss))
+    assert len(losses) == 270
+    engine = Engine.from_checkpoint(as_checkpoint(network))
+    output = engine.generate(sequences[:, :3].tolist(), top_k=1, seed=0)
+    assert isinstance(output.item_ids, torch.Tensor)
+    assert (output.item_ids[:, 0] == sequences[:, 3]).float().mean() > 0.9
+
+
+def test_training_is_a_function_of_its_seed_and_leaves_the_generator_alone() -> None:
+    config = tiny_config("mlp1")
+    sequences = torch.randint(0, config.n_items, (8, config.max_seq_len + 1))
+    before = torch.get_rng_state()
+    first, second = (
+        train(config, sequences, Recipe(steps=4, preference_steps=2, batch_size=4)).state_dict() for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_recipe_is_that_of_the_shipped_model(engine: Engine) -> None:
+    assert engine.config == demo_config()
