@@ -30,7 +30,15 @@ from fastdiff.ops.topk_definition import (
     to_keys,
     topk_by_definition,
 )
-from fastdiff.ops.topk_scan import AT_ONCE, LARGEST, SCAN_DTYPES, ScanTable, chunk_rows, scan_at_once, scan_in_chunks
+from fastdiff.ops.topk_scan import (
+    LARGEST,
+    SCAN_DTYPES,
+    ScanTable,
+    chunk_rows,
+    scan_at_once,
+    scan_in_chunks,
+    worth_at_once,
+)
 from fastdiff.ops.user_lists import UserLists, describe
 
 __all__ = ["SCAN_DTYPES", "ScanTable", "UserLists", "merge_topk", "score_topk", "score_topk_ref"]
@@ -118,7 +126,7 @@ def _topk_of_users(
         _check_finite(query)
         return from_keys(_by_definition(query, item_emb, k, allowed, exclude, torch.arange(n_users).to(query.device)))
     denied = None if allowed is None else torch.where(allowed, 0.0, -torch.inf)
-    if n_users * n_rows <= AT_ONCE:
+    if worth_at_once(n_users, n_rows, k, scan):
         found = scan_at_once(query, item_emb, k, denied, exclude, scan, scan.worst_slack(norm, dim))
         if found is not None:
             return found

@@ -38,9 +38,10 @@ def exact_scores(query: Tensor, item_emb: Tensor) -> Tensor:
 
 def pair_scores(query: Tensor, item_emb: Tensor, users: Tensor, rows: Tensor) -> Tensor:
     """[P] float32: the score of each (user, row) pair, a bounded number of pairs at a time."""
+    query = query.double()  # once, rather than for each of a user's pairs
     scores = [
-        exact_scores(query[users[lo:hi]], item_emb[rows[lo:hi]])
-        for lo, hi in slices(users.numel(), budget(query.device) // query.shape[1])
+        exact_scores(query.index_select(0, users[lo:hi]), item_emb.index_select(0, rows[lo:hi]))
+        for lo, hi in slices(users.numel(), step(query))
     ]
     return torch.cat(scores) if scores else torch.zeros(0, device=query.device)
 
@@ -97,7 +98,7 @@ def topk_by_definition(
     """[B, k] keys, k <= N: every row scored by the definition, a bounded number at a time."""
     n_users, n_rows = query.shape[0], item_emb.shape[0]
     best = torch.full((n_users, k), NO_KEY, dtype=torch.int64, device=query.device)
-    chunks = list(slices(n_rows, budget(query.device) // (n_users * query.shape[1])))
+    chunks = list(slices(n_rows, step(query) // n_users))
     excluded = ChunkedLists(exclude, chunks)
     for i, (lo, hi) in enumerate(chunks):
         rows = torch.arange(lo, hi, device=query.device)
@@ -117,6 +118,11 @@ def budget(device: torch.device) -> int:
     return 1 << 19 if device.type == "cpu" else 1 << 23
 
 
-def slices(total: int, step: int) -> Iterator[tuple[int, int]]:
-    step = max(1, step)
-    return ((lo, min(lo + step, total)) for lo in range(0, total, step))
+def step(query: Tensor) -> int:
+    """How many vectors as wide as the query are scored by the definition at a time."""
+    return budget(query.device) // (8 * query.shape[1])
+
+
+def slices(total: int, size: int) -> Iterator[tuple[int, int]]:
+    size = max(1, size)
+    return ((lo, min(lo + size, total)) for lo in range(0, total, size))

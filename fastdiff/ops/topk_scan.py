@@ -29,8 +29,8 @@ SCAN_DTYPES = (torch.float32, torch.bfloat16)
 
 LARGEST = 2.0**126
 """Scanned scores below this cannot overflow float32 on the way."""
-AT_ONCE = 1 << 16
-"""Up to this many scores, one top-k over all of them is faster than blocks."""
+AT_ONCE = 1 << 17
+"""Up to this many scores, and numbers that the definition then sums, one top-k over all scores is faster than blocks."""
 _LOWEST = torch.finfo(torch.float32).min
 
 _Number = TypeVar("_Number", float, Tensor)
@@ -149,14 +149,15 @@ def scan_at_once(
         scanned += denied
     if exclude is not None:
         scanned[exclude.users(), exclude.values] = -torch.inf
-    width = min(n_rows, 2 * k + 16)
+    width = _at_once_width(n_rows, k, scan)
     highest, rows = scanned.topk(width, dim=1)
     if width < n_rows:
         kth, last = highest[:, k - 1].tolist(), highest[:, -1].tolist()
         if not all(low < high - 2.0 * slack or low == -torch.inf for low, high in zip(last, kth, strict=True)):
             return None
     rows, order = rows.sort(dim=1)
-    scores = exact_scores(query[:, None], item_emb[rows])
+    vectors = item_emb.index_select(0, rows.flatten()).view(*rows.shape, -1)
+    scores = exact_scores(query[:, None], vectors)
     if denied is not None or exclude is not None:
         none = highest.gather(1, order) == -torch.inf
         rows, scores = rows.masked_fill_(none, -1), scores.masked_fill_(none, -torch.inf)
@@ -164,6 +165,16 @@ def scan_at_once(
         dim=1, descending=True, stable=True
     )  # stable, so of equal scores the lower row is first
     return rows.gather(1, order[:, :k]), scores[:, :k].contiguous()
+
+
+def worth_at_once(n_users: int, n_rows: int, k: int, scan: ScanTable) -> bool:
+    """Whether the table is so small that `scan_at_once` is the faster way."""
+    scored = n_users * _at_once_width(n_rows, k, scan) * scan.rows.shape[1]
+    return n_users * n_rows <= AT_ONCE and scored <= AT_ONCE
+
+
+def _at_once_width(n_rows: int, k: int, scan: ScanTable) -> int:
+    return min(n_rows, (k if scan.dtype == torch.float32 else 2 * k) + 16)
 
 
 # --- chunk by chunk ---------------------------------------------------------------------------------------------------
@@ -193,6 +204,7 @@ def scan_in_chunks(
     n_blocks = chunk // per_block
     buffer = torch.empty(n_users, chunk, dtype=scan.scanned_dtype(), device=device)
     blocks = buffer.view(n_users, per_block, n_blocks)  # a block is a column: maxima of columns are the fast ones
+    inside = torch.arange(0, chunk, n_blocks, device=device)
     sure = torch.full((n_users, k), -torch.inf, device=device)
     floor = torch.full((n_users, 1), _LOWEST, device=device)
     kept = _Kept(n_users, 8 * k + 1024, device)
@@ -217,9 +229,11 @@ def scan_in_chunks(
         sure = torch.cat([sure, surely], dim=1).topk(k, dim=1).values
         floor = torch.maximum(floor, sure[:, -1:]).masked_fill(kept.given_up, torch.inf)
         users, block = (highest + slack >= floor).nonzero(as_tuple=True)
-        reach = blocks[users, :, block].float() + torch.addcmul(tiny[users], factor[users], coef.T[block])
+        column = block[:, None] + inside
+        reach = torch.addcmul(tiny[users], factor[users], coef.take(column))
+        reach += buffer.take(column + chunk * users[:, None])
         opened, within = (reach >= floor[users]).nonzero(as_tuple=True)
-        kept.add(users[opened], lo + within * n_blocks + block[opened], reach[opened, within], floor)
+        kept.add(users[opened], lo + column[opened, within], reach[opened, within], floor)
     return kept.settle(floor)
 
 

@@ -151,7 +151,7 @@ def scan_of(item_emb: Tensor, dtype: torch.dtype) -> ScanTable:
 
 def force_chunks(monkeypatch: pytest.MonkeyPatch, budget: int = 1 << 10) -> None:
     """Even a small table is scanned in several chunks, as a large one is."""
-    monkeypatch.setattr(module, "AT_ONCE", 0)
+    monkeypatch.setattr(topk_scan, "AT_ONCE", -1)
     for place in (module, topk_scan, topk_definition):
         monkeypatch.setattr(place, "budget", lambda device: budget)
 
