@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = measure(engine, arguments.users, arguments.seed)
     print(f"{measured.n_users:,} new viewers: {measured}.")
     rate = measured.n_users / measured.seconds
-    print(
-        f"{rate:,.0f} histories per second ({measured.seconds:.2f} s in all, one {engine.device} thread, one sampling step)."
-    )
+    print(f"{rate:,.0f} histories per second ({measured.seconds:.2f} s in all) in one sampling step on one CPU thread.")
 
 
 def show_users(engine: Engine, seed: int, top_k: int = 5) -> None:
