@@ -1,8 +1,8 @@
 """Backends: which exist, which can run here, and the binding of one op to one of them.
 
-This file is the only place where a backend's name is compared. A backend that is named either runs or raises with the reason;
-"auto" takes the first of `PREFERENCE` that can run on the device. Nothing falls back in silence: `Op.bind` returns the name of
-the backend that runs beside the function, and `engine.backends` shows it.
+This file is the only place where a backend's name is compared. A backend that is named either runs or raises with the
+reason; "auto" takes the first of `PREFERENCE` that can run on the device. Nothing falls back in silence: `Op.bind`
+returns the name of the backend that runs beside the function, and `engine.backends` shows it.
 
     torch   plain PyTorch, the reference of every op; runs everywhere
     cpu     vectorised C++ (csrc/cpu)
@@ -74,7 +74,8 @@ class Op:
         reason = self.why_not(backend, device)
         if reason is not None:
             raise BackendUnavailable(
-                f"{self.name}: backend {backend!r} cannot run: {reason}. Usable here: {', '.join(self.available(device))}"
+                f"{self.name}: backend {backend!r} cannot run: {reason}. "
+                f"Usable here: {', '.join(self.available(device))}"
             )
         if backend == "torch":
             return BoundOp(self.name, backend, self.reference)
