@@ -9,8 +9,8 @@
     L_APA     E -log sigmoid(-lambda_b [ (|x+ - f(x+_t)|^2 - |x+ - f_ref(x+_t)|^2) - (the same of x-) ])
               lambda_b = 1/2 ((1 - t/T) + (1 - cos(x+, x-))), x- a random other item, one noise for x+_t and x-_t
 
-L_CE is not in the paper: with reconstruction alone, a table that is learned along collapses (all embeddings equal is an
-optimum). It also is why L_diff takes its target through a stop-gradient (sg).
+L_CE and the stop-gradient sg are not in the paper: with reconstruction alone a table that is learned along shrinks,
+since all embeddings equal to 0 is an optimum. `train.py` says what each of them brings.
 """
 
 from __future__ import annotations

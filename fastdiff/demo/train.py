@@ -3,10 +3,12 @@
 60,000 simulated users of eleven items each; every item is the target of the items before it. Stage 1 learns
 everything, stage 2 the denoiser alone (`network.py` has the losses). What the paper does not have, or not so:
 
-  - the cross-entropy term of stage 1, by far the heaviest: the item table is learned from nothing, and reconstruction
-    alone would collapse it. It is what ranks the items; diffusion and consistency make one step from noise enough;
-  - stage 2 adds little here (0.1 % of the best possible HR@10): a random item is an easy negative after a
-    cross-entropy over the whole catalogue.
+  - a cross-entropy term in stage 1, by far the heaviest, and a stop-gradient on the target of the reconstruction, since
+    the item table is learned along. After 800 steps on 20,000 users, as share of the best possible HR@10: the paper's
+    stage 1 alone 14 % (the table shrinks towards 0), with the stop-gradient 61 %, with the cross-entropy 82 %, with
+    both 84 %;
+  - stage 2 is the paper's, and hardly matters here: a random item is an easy negative after a cross-entropy over the
+    whole catalogue.
 
 The demo's own users, and those of the tests, come from other seeds than these.
 """
