@@ -26,6 +26,7 @@ CPU = torch.device("cpu")
 GOLDEN = 5e-6
 """The project's tolerance against the truth, relative to the largest magnitude (`tests/tolerances.py`)."""
 
+COMPILED = "-compiled"
 PROVIDERS = {
     "published": "the authors' algorithm as published, eager PyTorch",
     "published-compiled": "the same with its networks under torch.compile (only with --compile)",
@@ -81,6 +82,19 @@ class Provider:
     @property
     def label(self) -> str:
         return self.name if self.backend == "eager" else f"{self.name}[{self.backend}]"
+
+    @property
+    def plain_name(self) -> str:
+        return self.name.removesuffix(COMPILED)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.name.endswith(COMPILED)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it runs in plain PyTorch."""
+        return self.backend in ("eager", "torch") and not self.is_compiled
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Absent, Case, Options
+from bench.cases import COMPILED, Absent, Case, Options
 from bench.harness import Checked, check
 from bench.timing import Budget
 
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for case in metafunc.module.CASES
             if not case.heavy
             for label in case.labels(OPTIONS)
-            if OPTIONS.compile or not label.endswith("-compiled")
+            if OPTIONS.compile or not label.endswith(COMPILED)
         ]
         metafunc.parametrize("contender", pairs, indirect=True)
 

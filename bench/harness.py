@@ -12,7 +12,8 @@ import datetime
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,15 @@ def measure(case: Case, session: Session) -> list[Row]:
 def check(provider: Provider, options: Options) -> Checked:
     """Run a provider once and hold its output against the truth, before anything is timed."""
     call = provider.gated or provider.run
+    # torch.compile traces nothing while a mode is on, and would run in eager for good
+    counter = None if provider.is_compiled else FlopCounterMode(display=False)
     start = time.perf_counter()
-    with FlopCounterMode(display=False) as counter:
+    with counter or nullcontext():
         output = call()
     seconds = time.perf_counter() - start
     gate = provider.check(output)
-    flops = provider.flops if provider.flops is not None else float(counter.get_total_flops()) or None
+    counted = None if counter is None else float(counter.get_total_flops()) or None
+    flops = provider.flops if provider.flops is not None else counted
     if not gate.passed:
         return Checked(provider, gate, seconds, flops)
     if seconds < SLOW or provider.name != "published" or provider.gated is not None:
@@ -119,12 +123,10 @@ def _check_all(case: Case, session: Session) -> list[Checked]:
                 session.absent.add(provider.name)
             continue
         checked.append(check(provider, session.options))
-    # a compiled kernel's products are not counted; it does the work of the torch backend
-    on_torch = {one.provider.name: one.flops for one in checked if one.provider.backend == "torch"}
+    # products inside kernels and compiled code are not seen; they do the work of the same provider in plain PyTorch
+    seen = {one.provider.plain_name: one.flops for one in checked if one.provider.is_plain}
     return [
-        Checked(one.provider, one.gate, one.estimate, on_torch[one.provider.name])
-        if one.provider.backend not in ("eager", "torch") and one.provider.name in on_torch
-        else one
+        one if one.provider.is_plain else replace(one, flops=seen.get(one.provider.plain_name, one.flops))
         for one in checked
     ]
 

@@ -24,6 +24,12 @@ from bench.harness import Row, read_rows, seconds
 RESULTS = Path(__file__).parent / "results"
 OURS = "fastdiff"
 NOISY = "†"
+LEGEND = """Made by `python -m bench.report` from the rows beside it; [how they are measured](../README.md).
+
+- **headline**: the best other provider over the best of ours
+- **vs published**: the authors' algorithm over the best of ours; it is the product of
+- **algorithmic**: the authors' algorithm over ours in plain PyTorch (backend "torch"), and
+- **kernel**: ours in plain PyTorch over the best of ours"""
 FOOTNOTE = (
     f"{NOISY} measured while others kept more than {machine.QUIET:g} cores of the machine busy: not to be quoted. "
     "GFLOP/s counts matrix products only, each provider's own; per cent of the ceiling measured in the same run."
@@ -100,7 +106,7 @@ def headline_table(rows: Sequence[Row]) -> str:
         for one in group:
             for provider in one.our_providers:
                 lines.append(_headline(one, provider))
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _headline(one: Comparison, provider: str) -> list[str]:
@@ -125,7 +131,7 @@ def case_table(one: Comparison) -> str:
     """Every provider of one case."""
     head = ["provider", "median", "p10 .. p90", "per user", "rate", "of ceiling", "samples", "error", "once"]
     batch = one.first["params"].get("batch", 1)
-    return _table(head, [_provider(row, batch) for row in one.rows])
+    return table(head, [_provider(row, batch) for row in one.rows])
 
 
 def _provider(row: Row, batch: int) -> list[str]:
@@ -161,7 +167,7 @@ def _rate(row: Row) -> tuple[str, str]:
 
 def markdown(rows: Sequence[Row], plots: dict[str, str]) -> str:
     """The whole report; `plots`: case name -> file name."""
-    parts = ["# Results", (__doc__ or "").split("\n\n", 1)[1].strip().replace("    ", "- ")]
+    parts = ["# Results", LEGEND]
     for where, group in comparisons(rows).items():
         commits = ", ".join(sorted({one.first["commit"] for one in group}))
         dates = sorted({one.first["date"][:10] for one in group})
@@ -189,7 +195,14 @@ def label(row: Row) -> str:
 
 
 def case_name(row: Row) -> str:
-    return f"{row['case']} " + ", ".join(f"{key} {value}" for key, value in row["params"].items())
+    return f"{row['case']} " + params_text(row["params"])
+
+
+def params_text(params: dict[str, Any]) -> str:
+    """For example "items 12,101, k 20"."""
+    return ", ".join(
+        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in params.items()
+    )
 
 
 def ratio(slow: Row | None, fast: Row | None) -> str:
@@ -199,7 +212,8 @@ def ratio(slow: Row | None, fast: Row | None) -> str:
     return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Markdown, its columns aligned in the source as well."""
     widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
     text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, *lines]]
     rule = ["-" * width for width in widths]
@@ -250,7 +264,7 @@ def _plot(pyplot: Any, members: Sequence[Comparison], where: str) -> Any:
     """Seconds per call over the batch size, one panel per remaining parameter."""
     panels: dict[str, list[Comparison]] = {}
     for one in members:
-        rest = ", ".join(f"{key} {value}" for key, value in one.first["params"].items() if key != "batch")
+        rest = params_text({key: value for key, value in one.first["params"].items() if key != "batch"})
         panels.setdefault(rest, []).append(one)
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(2.2 + 3.2 * len(panels), 3.4), sharey=True, squeeze=False, layout="constrained"
@@ -263,8 +277,9 @@ def _plot(pyplot: Any, members: Sequence[Comparison], where: str) -> Any:
             for row in one.rows:
                 if row["status"] == "ok":
                     series.setdefault(label(row), []).append(row)
-        for name, points in series.items():
-            places = [batches.index(row["params"]["batch"]) for row in points]
+        for number, (name, points) in enumerate(series.items()):
+            aside = 0.04 * (number - (len(series) - 1) / 2)  # so that bars of spread do not hide each other
+            places = [batches.index(row["params"]["batch"]) + aside for row in points]
             medians = [row["median_s"] for row in points]
             spread = [
                 [row["median_s"] - row["p10_s"] for row in points],
@@ -303,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").split("\n")[0])
     command.add_argument("--rows", type=Path, nargs="+", help="files of rows (default: every bench/results/*.jsonl)")
     command.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables and plots")
+    command.add_argument("--readme", type=Path, help="also fill the marked tables of this file (see bench/readme.py)")
     given = command.parse_args(arguments)
     paths = given.rows or sorted(RESULTS.glob("*.jsonl"))
     if not paths:
@@ -313,10 +329,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = read_rows(path)
         except (OSError, ValueError) as error:
             command.error(str(error))
+        if not rows:
+            command.error(f"{path}: holds no rows")
         target = given.output / f"{path.stem}.md"
         plots = draw_plots(rows, given.output, path.stem)
         target.write_text(markdown(rows, plots), encoding="utf-8")
         print(f"{target}: {len(rows)} rows, {len(plots)} plots")
+    if given.readme is not None:
+        from bench.readme import fill  # it stands on this module
+
+        try:
+            fill(given.readme, [row for path in paths for row in read_rows(path)])
+        except (OSError, ValueError) as error:
+            command.error(str(error))
+        print(f"{given.readme}: tables filled")
     return 0
 
 

@@ -380,3 +380,31 @@ def test_list_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "adrec/lengths=full/batch=32" in text
     assert "score_topk/items=1000000/k=100/batch=256  (only with --full)" in text
     assert "faiss-tuned" in text
+
+
+# --- the README's tables ----------------------------------------------------------------------------------------------
+
+MARKED = (
+    "a\n<!-- bench:headline -->\nold\n<!-- /bench:headline -->\nb\n<!-- bench:table -->\n<!-- /bench:table -->\nc\n"
+)
+
+
+def test_the_tables_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
+    append_rows(ROWS, rows)
+    readme.write_text(MARKED)
+    arguments = ["--rows", str(rows), "--output", str(tmp_path / "out"), "--readme", str(readme)]
+    assert report.main(arguments) == 0
+    first = readme.read_text()
+    assert report.main(arguments) == 0
+    assert readme.read_text() == first, "filling twice changes nothing"
+    head, _, full = first.partition("b\n")
+    assert "old" not in head
+    assert "| 24 " in head
+    assert "T = 32" in head
+    assert "48x" in full
+    assert machine.describe(MACHINE) in full
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit):
+        report.main(arguments)
+    assert "holds 0 pairs of marks" in capsys.readouterr().err
