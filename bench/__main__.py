@@ -12,6 +12,7 @@ import torch
 
 from bench.cases import PROVIDERS, Case, Options, all_cases
 from bench.harness import Row, Session, append_rows, measure
+from bench.machine import QUIET
 from bench.report import headline_table
 from bench.timing import Budget
 
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += measured
     print(f"\n{headline_table(rows)}")
     print(f"\n{len(rows)} rows appended to {path}; `python -m bench.report` makes the tables and plots from them")
+    noisy = sum((row["others"] or 0.0) > QUIET for row in rows)
+    if noisy:
+        print(f"!!! {noisy} of them were measured while others used the machine: not to be quoted")
     wrong = [row for row in rows if row["status"] != "ok"]
     if wrong:
         print(f"{len(wrong)} of them WRONG: {', '.join(sorted({row['provider'] for row in wrong}))}")

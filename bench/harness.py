@@ -62,8 +62,8 @@ class Session:
         say(f"load average {load:.2f}; others keep {'unknown' if busy is None else f'{busy:.2f}'} cores busy")
         if (busy or 0.0) > machine.QUIET:
             say(
-                "!!! WARNING: this machine is not quiet. Figures of this run are not to be quoted: on a loaded machine "
-                "threads wait for each other\n!!! and ratios change as well. Rows say how busy it was."
+                "!!! WARNING: this machine is not quiet. On a loaded machine threads wait for each other, and ratios "
+                "change as well.\n!!! Rows measured while others use it are marked; do not quote them."
             )
         ceilings = machine.ceilings(options.device)
         say(f"ceilings: {ceilings['gflops']:.0f} GFLOP/s (float32 matrix product), {ceilings['gbps']:.0f} GB/s (read)")
