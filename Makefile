@@ -33,7 +33,7 @@ help:
 	@echo ""
 	@echo "PYTHON=$(PYTHON)  Python 3.10 or later, to make the environment with"
 	@echo "VENV=$(VENV)  the environment; a path of yours is filled, never emptied; VENV=none uses PYTHON as it is"
-	@echo "TORCH='$(TORCH)'  for a build without CUDA: TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'"
+	@echo "TORCH='$(TORCH)'  what pip is given for PyTorch; add --index-url to choose a build without CUDA"
 	@echo "TRITON='$(TRITON)'  empty: none"
 
 demo: $(READY)

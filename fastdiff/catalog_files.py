@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def write(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor]) -> No
         save_file(tensors, fresh[TENSORS_FILE], metadata={"format": "pt", "mark": mark})
         text = json.dumps({"format": _FORMAT, "mark": mark, **facts}, ensure_ascii=False)
         fresh[FACTS_FILE].write_text(text, encoding="utf-8")
+        shutil.copymode(fresh[FACTS_FILE], fresh[TENSORS_FILE])  # safetensors lets nobody but the owner read
         for name, path in fresh.items():
             os.replace(path, folder / name)
     finally:

@@ -96,6 +96,7 @@ def write_folder(folder: str | Path, checkpoint: Checkpoint) -> None:
         # a copy of each: safetensors refuses tensors that share storage, and views may be of any layout
         weights = {name: w.detach().to("cpu", copy=True).contiguous() for name, w in checkpoint.weights.items()}
         save_file(weights, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        shutil.copymode(fresh / CONFIG_FILE, fresh / WEIGHTS_FILE)  # safetensors lets nobody but the owner read
         if checkpoint.item_ids is not None:
             ids = check_item_ids(list(checkpoint.item_ids), checkpoint.config.n_items, "save_pretrained: item_ids")
             _write_object(fresh / ITEM_IDS_FILE, ids)

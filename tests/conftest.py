@@ -34,7 +34,7 @@ def golden() -> Callable[[str], dict[str, Any]]:
     """golden(name) -> {"args": settings, "weights": state dict, "weights_file", "args_file", + recorded tensors}."""
     folder = _material("golden")
     if folder is None:
-        pytest.skip("the authors' recorded outputs are not on this machine (set FASTDIFF_MATERIAL to the folder that holds golden/)")
+        pytest.skip("the authors' recorded outputs are not here (set FASTDIFF_MATERIAL to the folder of golden/)")
 
     def load(name: str, weights_of: str | None = None) -> dict[str, Any]:
         weights_file = folder / (weights_of or name) / "weights.safetensors"
@@ -53,7 +53,7 @@ def dataset() -> Callable[[str], Path]:
     """dataset(name) -> its folder, e.g. "adrec-ml-100k"."""
     folder = _material("data")
     if folder is None:
-        pytest.skip("the real datasets are not on this machine (set FASTDIFF_MATERIAL to the folder that holds data/)")
+        pytest.skip("the real datasets are not here (set FASTDIFF_MATERIAL to the folder of data/)")
     return lambda name: folder / name
 
 

@@ -2,8 +2,8 @@
 
     histories -> encode -> Condition -> prepare(plan) -> State -> sample(noise) -> x_0 -> readout -> query
 
-encode is run once per batch; prepare computes everything that is constant over the steps of a plan; denoise is one step;
-sample runs all of them. Axis letters: B users, L history, D hidden, S steps, R = B x samples rows, N items.
+encode is run once per batch; prepare computes everything that is constant over the steps of a plan; denoise is one
+step; sample runs all of them. Axis letters: B users, L history, D hidden, S steps, R = B x samples rows, N items.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ OnStep = Callable[[int, int, Tensor], Tensor | None]
 class Histories:
     """The histories of a batch as the model sees them: cut to the window, oldest item first.
 
-    items    [B, n] int64 rows of the item table, left-aligned whatever the model's own pad side; n is the longest history
-             of the batch (it may be 0). Beyond a row's length stands the model's pad row.
+    items    [B, n] int64 rows of the item table, left-aligned whatever the model's own pad side; n is the longest
+             history of the batch (it may be 0). Beyond a row's length stands the model's pad row.
     lengths  [B] int64, 0 for a cold user
     """
 
@@ -80,7 +80,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
 
     @classmethod
     def unused_weights(cls) -> tuple[str, ...]:
-        """Prefixes of parameters that the authors' checkpoints hold and inference never reads; dropped on conversion."""
+        """Prefixes of parameters that the authors' checkpoints hold and inference never reads; conversion drops them."""
         return ()
 
     # --- the protocol -------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
     def encode(self, histories: Histories, item_table: Tensor) -> ConditionT:
         """What the histories say, once per batch.
 
-        item_table  [at least n_rows, D]: the model's own table, or one that goes on with items added to the catalogue later
+        item_table  [at least n_rows, D]: the model's own table, or one that goes on with items added to the catalogue
         """
 
     @abstractmethod
@@ -102,7 +102,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
 
     @abstractmethod
     def denoise(self, x_t: Tensor, step: int, state: StateT) -> Tensor:
-        """The model's output `[R, D]` at step number `step` of the plan (an index, not a timestep), guidance included."""
+        """The model's output `[R, D]`, guidance included, at step number `step` of the plan (no timestep)."""
 
     def sample(self, state: StateT, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
         """x_0 `[R, D]`: the loop written out, step by step. Models with a loop op call that where `on_step` is None."""

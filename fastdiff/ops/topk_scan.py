@@ -120,9 +120,9 @@ def _relative_error(dtype: torch.dtype, dim: int) -> float:
 
 def _input_rounding(device: torch.device) -> float:
     """How much of Q E a float32 matmul may lose by first rounding its inputs, as torch is now set for the device."""
-    kind = "cuda" if device.type == "cuda" else "mkldnn"
-    precision = torch._C._get_fp32_precision_getter(kind, "matmul")
-    return {"tf32": 2.0**-8, "bf16": 2.0**-6}.get(precision, 0.0)
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    matmul = backend.matmul  # type: ignore[attr-defined] # torch's stubs lack it for mkldnn
+    return {"tf32": 2.0**-8, "bf16": 2.0**-6}.get(matmul.fp32_precision, 0.0)
 
 
 def _up(values: Tensor) -> Tensor:
