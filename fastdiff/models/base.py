@@ -80,7 +80,7 @@ class Model(ABC, Generic[ConditionT, StateT]):
 
     @classmethod
     def unused_weights(cls) -> tuple[str, ...]:
-        """Prefixes of parameters that the authors' checkpoints hold and inference never reads; conversion drops them."""
+        """Prefixes of parameters in the authors' checkpoints that inference never reads; conversion drops them."""
         return ()
 
     # --- the protocol -------------------------------------------------------------------------------------------------

@@ -121,8 +121,7 @@ def _relative_error(dtype: torch.dtype, dim: int) -> float:
 def _input_rounding(device: torch.device) -> float:
     """How much of Q E a float32 matmul may lose by first rounding its inputs, as torch is now set for the device."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    matmul = backend.matmul  # type: ignore[attr-defined] # torch's stubs lack it for mkldnn
-    return {"tf32": 2.0**-8, "bf16": 2.0**-6}.get(matmul.fp32_precision, 0.0)
+    return {"tf32": 2.0**-8, "bf16": 2.0**-6}.get(backend.matmul.fp32_precision, 0.0)
 
 
 def _up(values: Tensor) -> Tensor:
