@@ -265,7 +265,7 @@ def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray
     if isinstance(items, (str, bytes)) or not hasattr(items, "__len__"):
         raise InvalidArgument(f"generate: {name} must be a list of item ids (got {type(items).__name__})")
     values = items.cpu().numpy() if isinstance(items, Tensor) else items
-    rows: npt.NDArray[np.int64] = catalog.lookup(values)
+    rows: npt.NDArray[np.int64] = catalog.known(values)
     if (rows < 0).any():
         unknown = list(values)[int(np.flatnonzero(rows < 0)[0])]
         raise InvalidArgument(

@@ -7,7 +7,8 @@ was, so readers in other threads need no lock. Snapshots share what did not chan
     add      appends behind the table; the whole table is copied only when its buffer is full (the first time, and then
              each time it has grown by a quarter)
     update   copies the table, and shares the ids
-    remove   shares the table: the row stays, is never recommended again, and its external id is free for another item
+    remove   shares the table: the row stays, known to histories that hold the item, is never recommended again, and its
+             external id is free for another item
 """
 
 from __future__ import annotations
@@ -163,6 +164,10 @@ class ItemCatalog:
     def lookup(self, ids: Any) -> IntArray:
         """The row of each id of a flat sequence, array or tensor, as numpy int64; -1 for ids that name no item."""
         return self._ids.lookup(as_id_array(ids, "ItemCatalog.lookup: ids"))
+
+    def known(self, ids: Any) -> IntArray:
+        """Like `lookup`, but removed items count too: histories may still hold them."""
+        return self._ids.known(as_id_array(ids, "ItemCatalog.known: ids"))
 
     def rows(self, ids: Any) -> Tensor:
         """The row of each id of a flat sequence, array or tensor, int64 on the CPU; CatalogError for unknown ids."""
@@ -391,9 +396,9 @@ class ItemCatalog:
             if kind == "row":
                 ids = RowIds(is_item.numpy(), special)
             elif kind == "int":
-                ids = IntegerIds(tensors["item_ids"].numpy(), np.flatnonzero(is_item.numpy()), special)
+                ids = IntegerIds(tensors["item_ids"].numpy(), is_item.numpy(), special)
             else:
-                ids = StringIds(np.array(facts["item_ids"], dtype=object), special)
+                ids = StringIds(np.array(facts["item_ids"], dtype=object), is_item.numpy(), special)
             scan_dtype = {dtype_name(dtype): dtype for dtype in SCAN_DTYPES}[facts["scan_dtype"]]
             vectors = ItemVectors.build(tensors["table"], facts["metric"], scan_dtype)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -337,7 +337,7 @@ def check_known(
     """Raise a `DataError` naming the line of the first item that the catalogue lacks (the model's pad id passes)."""
     flat = [item for history in histories for item in history]
     is_text = id_type_of(catalog) is str
-    rows_found = catalog.lookup(np.array(flat, dtype=object if is_text else np.int64))
+    rows_found = catalog.known(np.array(flat, dtype=object if is_text else np.int64))
     for position in np.flatnonzero(rows_found < 0):
         item = flat[int(position)]
         if is_text or item != config.pad_id:

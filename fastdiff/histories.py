@@ -135,7 +135,7 @@ def _to_rows(
     ids: npt.NDArray[Any], user: IntArray, catalog: ItemCatalog, config: ModelConfig, padded: bool
 ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
     """Rows of the item table (the pad row at pads), and where the pads are."""
-    rows = catalog.lookup(ids)
+    rows = catalog.known(ids)
     unknown = rows < 0
     if not unknown.any():
         return rows, np.zeros(len(rows), dtype=np.bool_)

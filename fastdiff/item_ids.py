@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdiff.errors import CatalogError
 
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 IdArray = npt.NDArray[Any]
 """int64, or object holding str."""
 
@@ -24,19 +25,29 @@ KINDS = "all integers or all strings"
 
 
 class ItemIds(ABC):
-    """The external id of each row, [R]; rows without one are special, or were removed.
+    """The external id of each row, [R]. A removed item's id stays known, for histories that hold it, until it is given
+    to another item.
 
-    special  row -> name of the rows that are no items
+    is_item  [R] bool        special  row -> name of the rows that never were items
     """
 
     kind: str
 
-    def __init__(self, n_rows: int, special: dict[int, str]) -> None:
-        self.n_rows, self.special = n_rows, special
+    def __init__(self, is_item: BoolArray, special: dict[int, str]) -> None:
+        self.is_item, self.special = is_item, special
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.is_item)
 
     @abstractmethod
+    def known(self, ids: IdArray) -> IntArray:
+        """The row of each id, of items and of removed ones; -1 for all else."""
+
     def lookup(self, ids: IdArray) -> IntArray:
         """The row of each id, -1 for ids that name no item."""
+        rows = self.known(ids)
+        return np.where((rows >= 0) & self.is_item[rows], rows, -1) if self.n_rows else rows
 
     @abstractmethod
     def external(self, rows: Tensor) -> Tensor | IdArray:
@@ -44,7 +55,7 @@ class ItemIds(ABC):
 
     @abstractmethod
     def listed(self) -> tuple[int, ...] | tuple[str, ...]:
-        """Every id, in row order."""
+        """The id of every item, in row order."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -52,15 +63,23 @@ class ItemIds(ABC):
 
     @abstractmethod
     def added(self, ids: IdArray) -> ItemIds:
-        """With one more row per id; the ids are new, and of this kind (see `takes`)."""
+        """With one more row per id; the ids name no item yet, and are of this kind (see `takes`)."""
+
+    def removed(self, rows: IntArray) -> ItemIds:
+        """With these rows no items any more."""
+        is_item = self.is_item.copy()
+        is_item[rows] = False
+        return self._with_items(is_item)
 
     @abstractmethod
-    def removed(self, rows: IntArray) -> ItemIds:
-        """Without the ids of these rows."""
+    def _with_items(self, is_item: BoolArray) -> ItemIds: ...
 
     def takes(self, ids: IdArray) -> bool:
         """Whether ids of this type can be added."""
         return (ids.dtype == object) == (self.kind == "str") or not len(ids)
+
+    def _grown(self, n: int) -> BoolArray:
+        return np.concatenate([self.is_item, np.ones(n, dtype=np.bool_)])
 
 
 class RowIds(ItemIds):
@@ -68,15 +87,12 @@ class RowIds(ItemIds):
 
     kind = "row"
 
-    def __init__(self, is_item: npt.NDArray[np.bool_], special: dict[int, str]) -> None:
-        super().__init__(len(is_item), special)
-        self.is_item = is_item
-
-    def lookup(self, ids: IdArray) -> IntArray:
+    def known(self, ids: IdArray) -> IntArray:
         if ids.dtype == object:
             return np.full(len(ids), -1)
         rows: IntArray = np.where((ids >= 0) & (ids < self.n_rows), ids, -1)
-        rows[~self.is_item[rows] if self.n_rows else slice(None)] = -1
+        for row in self.special:
+            rows[rows == row] = -1
         return rows
 
     def external(self, rows: Tensor) -> Tensor:
@@ -86,18 +102,16 @@ class RowIds(ItemIds):
         return tuple(np.flatnonzero(self.is_item).tolist())
 
     def describe(self) -> str:
-        rows = np.flatnonzero(self.is_item)
-        return _describe_integers(rows)
+        return _describe_integers(np.flatnonzero(self.is_item))
 
     def added(self, ids: IdArray) -> ItemIds:
         if np.array_equal(ids, np.arange(self.n_rows, self.n_rows + len(ids))):
-            return RowIds(np.concatenate([self.is_item, np.ones(len(ids), dtype=np.bool_)]), self.special)
+            return RowIds(self._grown(len(ids)), self.special)
         by_row = np.arange(self.n_rows)
-        return IntegerIds(by_row, np.flatnonzero(self.is_item), self.special).added(ids)
+        by_row[list(self.special)] = -1
+        return IntegerIds(by_row, self.is_item, self.special).added(ids)
 
-    def removed(self, rows: IntArray) -> RowIds:
-        is_item = self.is_item.copy()
-        is_item[rows] = False
+    def _with_items(self, is_item: BoolArray) -> RowIds:
         return RowIds(is_item, self.special)
 
 
@@ -109,21 +123,25 @@ class IntegerIds(ItemIds):
     def __init__(
         self,
         by_row: IntArray,
-        rows: IntArray,
+        is_item: BoolArray,
         special: dict[int, str],
         index: tuple[IntArray, IntArray] | None = None,
     ) -> None:
-        """by_row [R], the id of each row; rows: those that are items; index: (ids, their rows), sorted by id."""
-        super().__init__(len(by_row), special)
-        self.by_row = np.full(len(by_row), -1)
-        self.by_row[rows] = by_row[rows]
-        if index is None:
-            order = np.argsort(by_row[rows], kind="stable")
-            index = by_row[rows][order], rows[order]
-        self.sorted_ids, self.sorted_rows = index
-        self._tensor = torch.from_numpy(self.by_row)
+        """by_row [R], the id of each row, -1 for special ones; index: (ids, their rows), sorted by id, each id once."""
+        super().__init__(is_item, special)
+        self.by_row = by_row
+        self.sorted_ids, self.sorted_rows = self._index(by_row) if index is None else index
+        self._tensor = torch.from_numpy(by_row)
 
-    def lookup(self, ids: IdArray) -> IntArray:
+    @staticmethod
+    def _index(by_row: IntArray) -> tuple[IntArray, IntArray]:
+        """Of rows with one id the last counts: an id is given again only to a row behind the removed one."""
+        backwards = by_row[::-1]
+        ids, place = np.unique(backwards, return_index=True)
+        keep = ids != -1
+        return ids[keep], len(by_row) - 1 - place[keep]
+
+    def known(self, ids: IdArray) -> IntArray:
         if ids.dtype == object or not len(self.sorted_ids):
             return np.full(len(ids), -1)
         place = np.searchsorted(self.sorted_ids, ids)
@@ -137,25 +155,22 @@ class IntegerIds(ItemIds):
         return self._tensor[at.clamp(min=0)].masked_fill_(at < 0, -1).to(rows.device)
 
     def listed(self) -> tuple[int, ...]:
-        return tuple(self.by_row[np.sort(self.sorted_rows)].tolist())
+        return tuple(self.by_row[self.is_item].tolist())
 
     def describe(self) -> str:
-        return _describe_integers(self.sorted_ids)
+        return _describe_integers(np.sort(self.by_row[self.is_item]))
 
     def added(self, ids: IdArray) -> IntegerIds:
         by_row = np.concatenate([self.by_row, ids])
+        free = ~np.isin(self.sorted_ids, ids)  # ids of removed items now name the new ones
+        kept_ids, kept_rows = self.sorted_ids[free], self.sorted_rows[free]
         order = np.argsort(ids, kind="stable")
-        place = np.searchsorted(self.sorted_ids, ids[order])
-        index = (
-            np.insert(self.sorted_ids, place, ids[order]),
-            np.insert(self.sorted_rows, place, self.n_rows + order),
-        )
-        return IntegerIds(by_row, index[1], self.special, index)
+        place = np.searchsorted(kept_ids, ids[order])
+        index = np.insert(kept_ids, place, ids[order]), np.insert(kept_rows, place, self.n_rows + order)
+        return IntegerIds(by_row, self._grown(len(ids)), self.special, index)
 
-    def removed(self, rows: IntArray) -> IntegerIds:
-        kept = ~np.isin(self.sorted_rows, rows)
-        index = self.sorted_ids[kept], self.sorted_rows[kept]
-        return IntegerIds(self.by_row, index[1], self.special, index)
+    def _with_items(self, is_item: BoolArray) -> IntegerIds:
+        return IntegerIds(self.by_row, is_item, self.special, (self.sorted_ids, self.sorted_rows))
 
 
 class StringIds(ItemIds):
@@ -163,15 +178,19 @@ class StringIds(ItemIds):
 
     kind = "str"
 
-    def __init__(self, by_row: IdArray, special: dict[int, str]) -> None:
-        """by_row [R] object: str, or None for rows that are no items."""
-        super().__init__(len(by_row), special)
+    def __init__(
+        self, by_row: IdArray, is_item: BoolArray, special: dict[int, str], index: dict[str, int] | None = None
+    ) -> None:
+        """by_row [R] object: str, or None for special rows; of rows with one id the last counts."""
+        super().__init__(is_item, special)
         self.by_row = by_row
         self.shown = by_row.copy()
         self.shown[list(special)] = list(special.values())
-        self.index = {item: row for row, item in enumerate(by_row.tolist()) if item is not None}
+        if index is None:
+            index = {item: row for row, item in enumerate(by_row.tolist()) if item is not None}
+        self.index = index
 
-    def lookup(self, ids: IdArray) -> IntArray:
+    def known(self, ids: IdArray) -> IntArray:
         find = self.index.get
         return np.fromiter((find(item, -1) for item in ids.tolist()), dtype=np.int64, count=len(ids))
 
@@ -182,24 +201,23 @@ class StringIds(ItemIds):
         return names
 
     def listed(self) -> tuple[str, ...]:
-        return tuple(self.index)  # a dict keeps the order of its building, which is row order
+        return tuple(self.by_row[self.is_item].tolist())
 
     def describe(self) -> str:
-        if not self.index:
+        items = self.by_row[self.is_item]
+        if not len(items):
             return "no items"
-        some = [repr(item) for item, _ in zip(self.index, range(3), strict=False)]
-        return f"{len(self.index)} string ids ({', '.join(some)}{', ...' if len(self.index) > 3 else ''})"
+        some = [repr(item) for item in items[:3]]
+        return f"{len(items)} string ids ({', '.join(some)}{', ...' if len(items) > 3 else ''})"
 
     def added(self, ids: IdArray) -> StringIds:
-        return StringIds(np.concatenate([self.by_row, ids]), self.special)
+        return StringIds(np.concatenate([self.by_row, ids]), self._grown(len(ids)), self.special)
 
-    def removed(self, rows: IntArray) -> StringIds:
-        by_row = self.by_row.copy()
-        by_row[rows] = None
-        return StringIds(by_row, self.special)
+    def _with_items(self, is_item: BoolArray) -> StringIds:
+        return StringIds(self.by_row, is_item, self.special, self.index)
 
 
-def item_ids(ids: Any, is_item: npt.NDArray[np.bool_], special: dict[int, str], where: str) -> ItemIds:
+def item_ids(ids: Any, is_item: BoolArray, special: dict[int, str], where: str) -> ItemIds:
     """The ids of a new catalogue: `ids` holds one per item in row order; None: the row numbers."""
     if ids is None:
         return RowIds(is_item, special)
@@ -210,10 +228,10 @@ def item_ids(ids: Any, is_item: npt.NDArray[np.bool_], special: dict[int, str], 
     if values.dtype == object:
         names = np.full(len(is_item), None, dtype=object)
         names[rows] = values
-        return StringIds(names, special)
+        return StringIds(names, is_item, special)
     by_row = np.full(len(is_item), -1)
     by_row[rows] = values
-    return IntegerIds(by_row, rows, special)
+    return IntegerIds(by_row, is_item, special)
 
 
 def as_id_array(ids: Any, where: str) -> IdArray:

@@ -262,7 +262,7 @@ class Catalogue:
     def __init__(self, item_ids: list[Any]) -> None:
         self.item_ids = item_ids
 
-    def lookup(self, values: Any) -> Any:
+    def known(self, values: Any) -> Any:
         return np.array([self.item_ids.index(v) if v in self.item_ids else -1 for v in values], dtype=np.int64)
 
     def describe_ids(self) -> str:

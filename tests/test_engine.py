@@ -382,6 +382,27 @@ def test_items_added_later_are_recommended_and_known_to_histories(engine: Any) -
     assert torch.equal(after.item_ids, before.item_ids)
 
 
+@pytest.mark.parametrize("kind", ["row", "int", "str"])
+def test_removed_items_stay_known_to_histories(kind: str) -> None:
+    """Delisting an item does not refuse the users who own it, nor change what the model sees of them."""
+    external: list[Any] | None = {"row": None, "int": [7 * i for i in range(50)], "str": [f"i{i}" for i in range(50)]}[
+        kind
+    ]
+    engine = small_engine("tarec", item_ids=external)
+    ids = list(range(50)) if external is None else external
+    history = [ids[3], ids[9]]
+    before = engine.generate([history], seed=1, top_k=50, output_embeddings=True)
+    engine.catalog = engine.catalog.remove([ids[9]])
+    after = engine.generate([history], seed=1, top_k=50, exclude_items=[ids[9]], output_embeddings=True)
+    assert torch.equal(after.embeddings, before.embeddings)
+    assert after.item_ids.tolist() == before.item_ids.tolist()
+    other = engine.generate([[ids[3]]], seed=1, top_k=50, filter_seen=False)
+    assert ids[9] not in other.item_ids.tolist()[0]
+    engine.catalog = engine.catalog.add([ids[9]], torch.ones(1, 16))  # the id now names the new item
+    again = engine.generate([history], seed=1, output_embeddings=True)
+    assert not torch.equal(again.embeddings, before.embeddings)
+
+
 def test_catalogue_updates_under_way_do_not_disturb_readers() -> None:
     engine = small_engine("tarec")
     original = engine.catalog
