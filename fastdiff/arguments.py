@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from fastdiff.catalog import ItemCatalog
 from fastdiff.config import AGGREGATIONS, RANKINGS, SCHEDULERS, GenerationConfig, ModelConfig
-from fastdiff.errors import InvalidArgument
-from fastdiff.models.base import Histories
+from fastdiff.errors import CatalogError, InvalidArgument
+from fastdiff.models.base import Histories, Model
 from fastdiff.noise import (
     MAX_SAMPLES,
     GeneratorNoise,
@@ -49,7 +50,9 @@ class SamplerRequest:
 
         make_plan  (scheduler, num_steps, timesteps, eta, spacing) -> StepPlan, the model's own; may be cached
         """
-        shape = {"num_inference_steps": self.num_inference_steps, "timesteps": self.timesteps, "eta": self.eta}
+        num_steps = as_int("num_inference_steps", self.num_inference_steps, at_least=1)
+        call_eta = as_float("eta", self.eta)
+        shape = {"num_inference_steps": num_steps, "timesteps": self.timesteps, "eta": call_eta}
         given = [name for name, value in shape.items() if value is not None]
         if isinstance(self.scheduler, StepPlan):
             if given:
@@ -64,43 +67,39 @@ class SamplerRequest:
             )
         if len(given) > 1 and "eta" not in given:
             raise InvalidArgument("generate: num_inference_steps excludes timesteps; give one of them")
-        if self.eta is not None:
-            _check_number("eta", self.eta)
         if name == "one_step" and given:
             if self.scheduler is not None:
                 raise InvalidArgument(
                     f"generate: scheduler='one_step' excludes {', '.join(given)}; use 'ddpm' or 'ddim'"
                 )
-            name = "ddpm" if self.eta is None else "ddim"  # more steps asked of a model whose default is one
-        if name == "ddpm" and self.eta is not None:
+            name = "ddpm" if call_eta is None else "ddim"  # more steps asked of a model whose default is one
+        if name == "ddpm" and call_eta is not None:
             raise InvalidArgument("generate: eta belongs to scheduler='ddim'; 'ddpm' has none")
+        eta = defaults.eta if call_eta is None else call_eta
         closed = name == "closed_form"
-        if closed:  # it collapses the ancestral chain, or DDIM's where eta is given
-            name = "ddpm" if self.eta is None else "ddim"
-        num_steps = self.num_inference_steps
+        if closed:  # it collapses the ancestral chain, or DDIM's where eta is set
+            name = "ddim" if call_eta is not None or defaults.eta else "ddpm"
         if num_steps is None and self.timesteps is None:
             num_steps = defaults.num_inference_steps
-        eta = defaults.eta if self.eta is None else self.eta
         return make_plan(name, num_steps, self._timesteps(), eta, defaults.timestep_spacing), closed
 
     def _timesteps(self) -> tuple[int, ...] | None:
         if self.timesteps is None:
             return None
         given = self.timesteps.tolist() if isinstance(self.timesteps, Tensor) else self.timesteps
-        if not isinstance(given, Iterable) or not all(hasattr(t, "__index__") for t in given):
+        values = [_index(t) for t in given] if isinstance(given, Iterable) else [None]
+        if any(t is None for t in values):
             raise InvalidArgument(f"generate: timesteps must be a sequence of ints (got {self.timesteps!r})")
-        return tuple(t.__index__() for t in given)
+        return tuple(t for t in values if t is not None)
 
 
 def resolve_settings(defaults: GenerationConfig, **given: Any) -> GenerationConfig:
     """`defaults` with the arguments of the call that are not None: top_k, guidance_scale, num_samples, aggregation."""
     given = {name: value for name, value in given.items() if value is not None}
-    for name in ("top_k", "num_samples"):
-        value = given.get(name, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidArgument(f"generate: {name} must be an int of at least 1 (got {value!r})")
+    for name in {"top_k", "num_samples"} & given.keys():
+        given[name] = as_int(name, given[name], at_least=1)
     if "guidance_scale" in given:
-        _check_number("guidance_scale", given["guidance_scale"])
+        given["guidance_scale"] = as_float("guidance_scale", given["guidance_scale"])
     if given.get("aggregation", "max") not in AGGREGATIONS:
         raise InvalidArgument(
             f"generate: aggregation must be one of {', '.join(AGGREGATIONS)} (got {given['aggregation']!r})"
@@ -110,9 +109,33 @@ def resolve_settings(defaults: GenerationConfig, **given: Any) -> GenerationConf
     return replace(defaults, **given)
 
 
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise InvalidArgument(f"generate: {name} must be a number (got {value!r})")
+def as_int(name: str, value: Any, at_least: int) -> int | None:
+    """An int from anything that is one (numpy's too); None stays None."""
+    if value is None:
+        return None
+    number = _index(value)
+    if number is None or number < at_least:
+        raise InvalidArgument(f"generate: {name} must be an int of at least {at_least} (got {value!r})")
+    return number
+
+
+def as_float(name: str, value: Any) -> float | None:
+    """A float from any real number; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
+        raise InvalidArgument(f"generate: {name} must be a finite number (got {value!r})")
+    return float(value)
+
+
+def _index(value: Any) -> int | None:
+    """The int that `value` is; None where it is none."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 # --- which noise ------------------------------------------------------------------------------------------------------
@@ -131,26 +154,33 @@ class NoiseRequest:
         self,
         window: Histories,
         num_samples: int,
-        dim: int,
+        model: Model[Any, Any],
         plan: StepPlan,
         closed: bool,
-        dtype: torch.dtype,
     ) -> tuple[Noise, int | None]:
-        """The call's draws, and the seed where there is one. Draws are of `dtype`, on the histories' device."""
-        n_users, device = window.batch_size, window.items.device
+        """The call's draws, and the seed where there is one. Draws are of the model's dtype, on its device."""
+        n_users, dim, dtype, device = window.batch_size, model.config.hidden_size, model.dtype, model.device
         if self.generator is not None:
             others = {"seed": self.seed, "request_ids": self.request_ids, "noise": self.noise}
             _exclude("generator", others, "a generator's draws depend on their order alone")
-            if not isinstance(self.generator, torch.Generator) and len(self.generator) != n_users:
+            each = self.generator if isinstance(self.generator, (list, tuple)) else [self.generator]
+            wrong = [given for given in each if not isinstance(given, torch.Generator)]
+            if wrong or (each is self.generator and len(each) != n_users):
+                got = f"a {type(wrong[0]).__name__}" if wrong else str(len(each))
                 raise InvalidArgument(
-                    f"generate: generator must be one torch.Generator or one per history, {n_users} of them "
-                    f"(got {len(self.generator)})"
+                    f"generate: generator must be one torch.Generator, or a list of one per history, {n_users} of them "
+                    f"(got {got})"
                 )
             return GeneratorNoise(self.generator, n_users, num_samples, dim, dtype, device), None
         start = None
         if self.noise is not None:
             given, only_start = self._check_given(self.noise, (n_users, num_samples, dim), plan, closed, device)
             given = given.to(dtype)
+            if only_start and not closed and not model.uses_start:
+                raise InvalidArgument(
+                    f"generate: noise holds the starting draw alone, which a {model.config.method} model never reads; "
+                    f"give every draw, [{plan.num_steps + 1}, B, D], or a seed"
+                )
             if closed or not only_start or not bool(plan.draws_noise.any()):
                 _exclude("noise", {"seed": self.seed, "request_ids": self.request_ids}, "every draw is given")
                 return GivenNoise(given), None
@@ -189,7 +219,10 @@ class NoiseRequest:
             raise InvalidArgument(
                 f"generate: noise is on {noise.device}, the model on {device}; move it with noise.to({str(device)!r})"
             )
-        return noise.reshape(-1, n_users * num_samples, dim), shape == row
+        if not bool(torch.isfinite(noise).all()):
+            raise InvalidArgument("generate: noise holds NaN or infinity; standard normal draws are wanted")
+        draws = 1 if shape == row else shape[0]
+        return noise.reshape(draws, n_users * num_samples, dim), shape == row
 
 
 def draw_seed() -> int:
@@ -198,9 +231,10 @@ def draw_seed() -> int:
 
 
 def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not -(1 << 63) <= seed.__index__() < 1 << 64:
+    value = _index(seed)
+    if value is None or not -(1 << 63) <= value < 1 << 64:
         raise InvalidArgument(f"generate: seed must be an integer of 64 bits (got {seed!r})")
-    return seed.__index__()
+    return value
 
 
 # --- which candidates -------------------------------------------------------------------------------------------------
@@ -220,7 +254,7 @@ class RankingRequest:
     def __post_init__(self) -> None:
         if self.ranking not in RANKINGS:
             raise InvalidArgument(f"generate: ranking must be one of {', '.join(RANKINGS)} (got {self.ranking!r})")
-        if self.filter_seen is not None and not isinstance(self.filter_seen, bool):
+        if self.filter_seen is not None and not isinstance(self.filter_seen, (bool, np.bool_)):
             raise InvalidArgument(f"generate: filter_seen must be True, False or None (got {self.filter_seen!r})")
         if self.ranking == "published":
             filters = {name: value for name, value in vars(self).items() if name != "ranking"}
@@ -233,7 +267,8 @@ class RankingRequest:
     ) -> dict[str, Any]:
         """Candidates and filters, under the names of `ItemCatalog.topk`'s arguments."""
         if self.ranking == "published":
-            zeroed = None if config.published_seen_score is None else seen
+            # items added later are no rows of the authors' table
+            zeroed = None if config.published_seen_score is None else seen.below(config.n_rows)
             return {"published": True, "n_published_rows": config.n_rows, "zeroed": zeroed}
         n_users = seen.n_users
         exclude = _user_rows(catalog, self.user_exclude_items, n_users, "user_exclude_items")
@@ -256,18 +291,23 @@ def _user_rows(
 ) -> UserLists | None:
     if lists is None:
         return None
-    if len(lists) != n_users:
-        raise InvalidArgument(f"generate: {name} must hold one list per history, {n_users} of them (got {len(lists)})")
+    if not isinstance(lists, Sequence) or isinstance(lists, (str, bytes)) or len(lists) != n_users:
+        got = len(lists) if isinstance(lists, Sequence) else f"a {type(lists).__name__}"
+        raise InvalidArgument(f"generate: {name} must hold one list per history, {n_users} of them (got {got})")
     return UserLists.from_lists([_known(catalog, items, f"{name}[{user}]") for user, items in enumerate(lists)])
 
 
 def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray[np.int64]:
-    if isinstance(items, (str, bytes)) or not hasattr(items, "__len__"):
+    if isinstance(items, (str, bytes)) or not isinstance(items, (Iterable, Tensor)):
         raise InvalidArgument(f"generate: {name} must be a list of item ids (got {type(items).__name__})")
-    values = items.cpu().numpy() if isinstance(items, Tensor) else items
-    rows: npt.NDArray[np.int64] = catalog.known(values)
+    values = items if isinstance(items, (np.ndarray, Tensor)) else list(items)
+    try:
+        rows: npt.NDArray[np.int64] = catalog.known(values)
+    except CatalogError as error:
+        reason = str(error).partition(": ")[2]
+        raise InvalidArgument(f"generate: {name} must be a flat list of item ids: {reason}") from error
     if (rows < 0).any():
-        unknown = list(values)[int(np.flatnonzero(rows < 0)[0])]
+        unknown = np.asarray(values, dtype=object).tolist()[int(np.flatnonzero(rows < 0)[0])]
         raise InvalidArgument(
             f"generate: {name} holds item id {unknown!r}, the catalogue has {catalog.describe_ids()}; leave it out"
         )

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import catalog_files
+from fastdiff.arithmetic import in_plain_arithmetic
 from fastdiff.errors import CatalogError, InvalidArgument
 from fastdiff.item_ids import (
     IdArray,
@@ -253,6 +254,7 @@ class ItemCatalog:
 
     # --- ranking ------------------------------------------------------------------------------------------------------
 
+    @in_plain_arithmetic
     def topk(
         self,
         query: Tensor,

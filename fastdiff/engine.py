@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from fastdiff.arguments import (
     refuse_unknown,
     resolve_settings,
 )
+from fastdiff.arithmetic import in_plain_arithmetic, plain_arithmetic
 from fastdiff.catalog import ItemCatalog
 from fastdiff.checkpoint import Checkpoint, write_folder
 from fastdiff.closed_form import AffineDenoiser, ClosedForm, collapse
@@ -85,9 +87,10 @@ class Engine:
         backend: str = "auto",
     ) -> None:
         self.model = model
+        self._backend = backend
         self.catalog = self._loaded_catalog = catalog
         self.generation_config = generation_config
-        self._make_plan = lru_cache(maxsize=64)(model.plan)  # a table of T rows takes longer to make than to run
+        self._make_plan = lru_cache(maxsize=64, typed=True)(model.plan)  # a table takes longer to make than to run
         self._topk_op = score_topk.bind(backend, model.device)
         self.backends = {name: op.backend for name, op in model.bound.items()} | {"score_topk": self._topk_op.backend}
         self._lock = threading.Lock()
@@ -96,8 +99,9 @@ class Engine:
         if generation_config.scheduler == "closed_form":  # a chain that cannot be collapsed is refused at load
             plan, _ = SamplerRequest().resolve(generation_config, self._make_plan)
             cold = Histories(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-            condition = self._encode(cold, catalog)
-            self._closed_form(model.prepare(condition, plan, generation_config.guidance_scale), plan)
+            with plain_arithmetic(self.device):
+                condition = self._encode(cold, catalog)
+                self._closed_form(model.prepare(condition, plan, generation_config.guidance_scale), plan)
 
     @classmethod
     def from_checkpoint(
@@ -121,14 +125,19 @@ class Engine:
         bound = {op.name: op.bind(backend, place) for op in kind.ops}
         stored = {name: weight.detach().to(place) for name, weight in checkpoint.weights.items()}
         weights = {name: weight.to(dtype) for name, weight in stored.items()}
-        model = kind(checkpoint.config, weights, bound)
-        catalog = ItemCatalog.from_table(
-            stored[kind.item_table_key],
-            checkpoint.config.special_rows,
-            checkpoint.item_ids,
-            metric=checkpoint.config.metric,
-        )
+        with plain_arithmetic(place):
+            model = kind(checkpoint.config, weights, bound)
+            catalog = ItemCatalog.from_table(
+                stored[kind.item_table_key],
+                checkpoint.config.special_rows,
+                checkpoint.item_ids,
+                metric=checkpoint.config.metric,
+            )
         return cls(model, catalog, checkpoint.generation_config, backend)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Engines travel to other processes, and are copied, as what they are made of."""
+        return _rebuild, (self.model, self.catalog, self._loaded_catalog, self.generation_config, self._backend)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model, in the dtype that it runs in, as a folder that `from_pretrained` loads. A catalogue that has
@@ -144,6 +153,16 @@ class Engine:
         write_folder(folder, checkpoint)
 
     @property
+    def catalog(self) -> ItemCatalog:
+        """The current snapshot. One that is assigned must go on from this model's table: same rows in front."""
+        return self._catalog
+
+    @catalog.setter
+    def catalog(self, catalog: ItemCatalog) -> None:
+        _check_catalog(catalog, self.model)
+        self._catalog = catalog
+
+    @property
     def config(self) -> ModelConfig:
         return self.model.config
 
@@ -157,7 +176,7 @@ class Engine:
 
     # --- the call -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @in_plain_arithmetic
     def generate(
         self,
         histories: ArrayLike,
@@ -225,6 +244,11 @@ class Engine:
         )
         sampler = SamplerRequest(scheduler, num_inference_steps, timesteps, eta)
         plan, closed = sampler.resolve(self.generation_config, self._make_plan)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InvalidArgument(
+                "generate: callback_on_step_end must be a function of (step, timestep, x) "
+                f"(got {type(callback_on_step_end).__name__})"
+            )
         if closed and callback_on_step_end is not None:
             raise InvalidArgument("generate: callback_on_step_end excludes scheduler='closed_form', which has no steps")
         candidates = RankingRequest(
@@ -234,7 +258,7 @@ class Engine:
         n_users, n_samples = parsed.window.batch_size, settings.num_samples
         window = Histories(parsed.window.items.to(self.device), parsed.window.lengths.to(self.device))
         request = NoiseRequest(noise, generator, seed, request_ids)
-        draws, used_seed = request.resolve(window, n_samples, self.config.hidden_size, plan, closed, self.model.dtype)
+        draws, used_seed = request.resolve(window, n_samples, self.model, plan, closed)
         filters = candidates.resolve(catalog, self.config, parsed.seen, settings.filter_seen)
         watch.lap("prepare")
         if n_users == 0:
@@ -294,6 +318,10 @@ class Engine:
                 f"generate_batches: {', '.join(sorted(per_user))} holds one entry per user of one batch; "
                 "call generate() batch by batch instead"
             )
+        if not isinstance(histories, Iterable):
+            raise InvalidArgument(
+                f"generate_batches: histories must be an iterable of histories (got {type(histories).__name__})"
+            )
         if seed is None and arguments.get("generator") is None:
             seed = draw_seed()
         return self._batches(histories, batch_size, request_ids, seed, show_progress, arguments)
@@ -308,9 +336,9 @@ class Engine:
         arguments: dict[str, Any],
     ) -> Iterator[GenerateOutput]:
         total = len(histories) if isinstance(histories, Sized) else None
-        source, ids = iter(histories), None if request_ids is None else iter(request_ids)
+        ids = None if request_ids is None else iter(request_ids)
         with tqdm(total=total, unit="history", disable=not show_progress) as bar:
-            while batch := list(islice(source, batch_size)):
+            for batch in _cut(histories, batch_size):
                 keys = None if ids is None else list(islice(ids, len(batch)))
                 yield self.generate(batch, seed=seed, request_ids=keys, **arguments)
                 bar.update(len(batch))
@@ -346,14 +374,14 @@ class Engine:
     def _empty(
         self, catalog: ItemCatalog, settings: GenerationConfig, seed: int | None, embeddings: bool, watch: Stopwatch
     ) -> GenerateOutput:
-        rows = torch.empty(0, settings.top_k, dtype=torch.int64)
+        rows = torch.empty(0, settings.top_k, dtype=torch.int64, device=self.device)
         dim = self.config.hidden_size
         shape = (0, dim) if settings.num_samples == 1 else (0, settings.num_samples, dim)
         return GenerateOutput(
             catalog.external(rows),
-            torch.empty(0, settings.top_k),
-            torch.empty(0, dtype=torch.int64),
-            torch.empty(shape, dtype=self.model.dtype) if embeddings else None,
+            torch.empty(0, settings.top_k, dtype=torch.float32, device=self.device),
+            torch.empty(0, dtype=torch.int64, device=self.device),
+            torch.empty(shape, dtype=self.model.dtype, device=self.device) if embeddings else None,
             seed,
             watch,
         )
@@ -379,6 +407,51 @@ class _Steps:
     def _step(self, step: int, timestep: int, x: Tensor) -> Tensor | None:
         self._bar.update()
         return self._callback(step, timestep, x) if self._callback is not None else None
+
+
+def _rebuild(
+    model: Model[Any, Any],
+    catalog: ItemCatalog,
+    loaded_catalog: ItemCatalog,
+    generation_config: GenerationConfig,
+    backend: str,
+) -> Engine:
+    engine = Engine(model, loaded_catalog, generation_config, backend)
+    engine.catalog = catalog
+    return engine
+
+
+def _cut(histories: Iterable[Any], batch_size: int) -> Iterator[Any]:
+    """Batches of histories; a padded array is cut into padded arrays, all else into lists."""
+    if isinstance(histories, (np.ndarray, Tensor)):
+        for start in range(0, len(histories), batch_size):
+            yield histories[start : start + batch_size]
+        return
+    source = iter(histories)
+    while batch := list(islice(source, batch_size)):
+        yield batch
+
+
+def _check_catalog(catalog: ItemCatalog, model: Model[Any, Any]) -> None:
+    """A catalogue serves a model whose item table its rows begin with: histories are read there."""
+    config = model.config
+    where, remedy = "engine.catalog", "make it from engine.catalog with add(), update() or remove()"
+    if not isinstance(catalog, ItemCatalog):
+        raise InvalidArgument(f"{where}: must be an ItemCatalog (got {type(catalog).__name__}); {remedy}")
+    facts = {
+        "dimensions": (catalog.dim, config.hidden_size),
+        "metric": (catalog.metric, config.metric),
+        "device": (catalog.device, model.device),
+        "special rows": (catalog.special_rows, config.special_rows),
+    }
+    for name, (given, wanted) in facts.items():
+        if given != wanted:
+            raise InvalidArgument(f"{where}: {name} must be {wanted}, the model's own (got {given}); {remedy}")
+    if catalog.n_rows < config.n_rows:
+        raise InvalidArgument(
+            f"{where}: must begin with the {config.n_rows} rows of the model's item table (got {catalog.n_rows} rows); "
+            f"{remedy}"
+        )
 
 
 def _check_device(device: str | torch.device | None, current: torch.device) -> torch.device:

@@ -44,7 +44,8 @@ def parse_histories(histories: ArrayLike, catalog: ItemCatalog, config: ModelCon
     ids, lengths, padded = _flatten(histories)
     user = np.repeat(np.arange(len(lengths)), lengths)
     rows, is_pad = _to_rows(ids, user, catalog, config, padded)
-    rows, user, is_pad = _strip_padding(rows, user, is_pad, len(lengths), config, keep_trailing=not padded)
+    if padded or not config.pad_inside:
+        rows, user = _strip_padding(ids, rows, user, is_pad, len(lengths), config)
     lengths = np.bincount(user, minlength=len(lengths))
     ends = np.cumsum(lengths)
 
@@ -56,16 +57,16 @@ def parse_histories(histories: ArrayLike, catalog: ItemCatalog, config: ModelCon
     items = np.full((len(lengths), width), config.pad_id, dtype=np.int64)
     items[inside] = rows[source[inside]]
 
-    seen_lengths = np.bincount(user[~is_pad], minlength=len(lengths))
-    offsets = np.concatenate([[0], np.cumsum(seen_lengths)])
-    seen = UserLists(torch.from_numpy(rows[~is_pad]), torch.from_numpy(offsets))
+    # where the pad id may stand between items, it is an item that the user has seen
+    offsets = torch.from_numpy(np.concatenate([[0], ends]))
+    seen = UserLists(torch.from_numpy(rows), offsets)
     return ParsedHistories(Histories(torch.from_numpy(items), torch.from_numpy(window_lengths)), seen)
 
 
 def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
     """All ids one after the other, the length of each history, and whether they came as one padded array."""
     if isinstance(histories, Tensor):
-        histories = histories.detach().cpu().numpy() if histories.layout == torch.strided else list(histories.unbind())
+        histories = _to_numpy(histories, "histories")
     if isinstance(histories, np.ndarray) and histories.dtype != object:
         if histories.ndim != 2:
             raise InvalidHistory(
@@ -80,15 +81,13 @@ def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
     lengths = np.fromiter((len(part) for part in parts), dtype=np.int64, count=len(parts))
     flat = list(chain.from_iterable(parts))
     types = set(map(type, flat))
-    if not flat or types == {int}:
+    if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in types):
         try:
             return np.array(flat, dtype=np.int64), lengths, False
         except OverflowError:
             raise InvalidHistory("generate: histories hold an id of more than 64 bits; use strings as ids") from None
-    if types == {str}:
-        return np.array(flat, dtype=object), lengths, False
-    if all(issubclass(kind, np.integer) or kind is int for kind in types):
-        return np.array([int(value) for value in flat], dtype=np.int64), lengths, False
+    if all(issubclass(kind, str) for kind in types):
+        return np.array([str(value) for value in flat], dtype=object), lengths, False
     accepted = (str,) if isinstance(flat[0], str) else (int, np.integer)
     position, value = next(
         (position, value)
@@ -104,7 +103,7 @@ def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
 
 def _one_history(position: int, history: Any) -> Sequence[Any]:
     if isinstance(history, Tensor):
-        history = history.detach().cpu().numpy()
+        history = _to_numpy(history, f"histories[{position}]")
     if isinstance(history, np.ndarray):
         if history.ndim != 1:
             raise InvalidHistory(f"generate: histories[{position}] has shape {history.shape}; each history is 1-D")
@@ -117,6 +116,15 @@ def _one_history(position: int, history: Any) -> Sequence[Any]:
     raise InvalidHistory(
         f"generate: histories[{position}] is a {type(history).__name__} ({history!r}); {_ACCEPTED}{hint}"
     )
+
+
+def _to_numpy(tensor: Tensor, name: str) -> npt.NDArray[Any]:
+    if tensor.layout != torch.strided:
+        raise InvalidHistory(f"generate: {name} is a {tensor.layout} tensor; a dense one is accepted: use .to_dense()")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise InvalidHistory(f"generate: {name} has dtype {dtype}; item ids are integers: convert with .long()")
+    return tensor.detach().cpu().numpy()
 
 
 def _check_dtype(values: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
@@ -155,30 +163,42 @@ def _to_rows(
 
 
 def _strip_padding(
+    ids: npt.NDArray[Any],
     rows: IntArray,
     user: IntArray,
     is_pad: npt.NDArray[np.bool_],
     n_users: int,
     config: ModelConfig,
-    keep_trailing: bool,
-) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
+) -> tuple[IntArray, IntArray]:
     """Drop the pads before the first and after the last item; pads between items are an error, or a masked slot."""
     if not is_pad.any():
-        return rows, user, is_pad
-    position = np.arange(len(rows))
-    first = np.full(n_users, len(rows))
-    last = np.full(n_users, -1)
-    np.minimum.at(first, user[~is_pad], position[~is_pad])
-    np.maximum.at(last, user[~is_pad], position[~is_pad])
-    before, after = position < first[user], position > last[user]
+        return rows, user
+    before, after = _edges(is_pad, user, n_users)
+    wrong = is_pad & ~before & ~after
     if config.pad_inside:
-        keep = ~before if keep_trailing else ~(before | after)
-        return rows[keep], user[keep], is_pad[keep]
-    inside = is_pad & ~before & ~after
-    if inside.any():
-        where = int(user[np.flatnonzero(inside)[0]])
+        wrong &= ids == -1
+    if wrong.any():
+        where = int(user[np.flatnonzero(wrong)[0]])
         raise InvalidHistory(
             f"generate: histories[{where}] holds padding between its items (the pad id {config.pad_id} or -1); padding "
             "may stand before the first or after the last item; leave it out"
         )
-    return rows[~is_pad], user[~is_pad], is_pad[~is_pad]
+    drop = is_pad
+    if config.pad_inside:
+        # a pad id at an edge may be an item: it is one where -1 marks the padding, and behind a left-padded history
+        marked, left_padded = np.zeros((2, n_users), dtype=np.bool_)
+        marked[user[ids == -1]] = True
+        left_padded[user[before]] = True
+        drop = np.where(marked[user], ids == -1, before | (after & ~left_padded[user]))
+    return rows[~drop], user[~drop]
+
+
+def _edges(
+    is_pad: npt.NDArray[np.bool_], user: IntArray, n_users: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which ids stand before a user's first item, and which behind the last (all of them where there is none)."""
+    position = np.arange(len(is_pad))
+    first, last = np.full(n_users, len(is_pad)), np.full(n_users, -1)
+    np.minimum.at(first, user[~is_pad], position[~is_pad])
+    np.maximum.at(last, user[~is_pad], position[~is_pad])
+    return position < first[user], position > last[user]

@@ -259,8 +259,8 @@ def as_id_array(ids: Any, where: str) -> IdArray:
         except OverflowError:
             at = next(i for i, item in enumerate(ids) if not -(1 << 63) <= item < 1 << 63)
             raise CatalogError(f"{where}[{at}]: integers must have 64 bits (got {ids[at]}); use strings") from None
-    if types == {str}:
-        return np.array(ids, dtype=object)
+    if all(issubclass(kind, str) for kind in types):
+        return np.array([str(item) for item in ids], dtype=object)
     if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in types):
         return as_id_array([int(item) for item in ids], where)
     first = str if isinstance(ids[0], str) else int

@@ -38,6 +38,9 @@ class _Front:
         self.tensor = tensor
         self._buffer = buffer or _Buffer(tensor)
 
+    def __reduce__(self) -> tuple[type[_Front], tuple[Tensor]]:
+        return _Front, (self.tensor.clone(),)  # alone: the rest of the buffer and its lock stay here
+
     def append(self, rows: Tensor) -> _Front:
         return self._buffer.append(self, rows)
 

@@ -214,6 +214,11 @@ def _shift_right(h: Tensor, bits: int) -> Tensor:
 
 def request_row_key(request_ids: Sequence[int] | Tensor, n_users: int) -> Tensor:
     """The caller's own row keys `[B]` int64, one per user; ids from 2^63 to 2^64 - 1 wrap to negative ones."""
+    if not hasattr(request_ids, "__iter__"):
+        raise InvalidArgument(
+            f"generate: request_ids must hold one integer per history, {n_users} of them "
+            f"(got a {type(request_ids).__name__})"
+        )
     values = request_ids.tolist() if isinstance(request_ids, Tensor) else list(request_ids)
     if len(values) != n_users:
         raise InvalidArgument(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,12 @@ def test_given_noise_is_the_noise(engine: Any) -> None:
     if not bool(plan.draws_noise[-1]):
         shorter = engine.generate(histories, noise=noise[:-1], output_embeddings=True).embeddings
         assert torch.equal(shorter, seeded)
+    if engine.config.method == "cddrec":  # x_T is never read there
+        with pytest.raises(
+            InvalidArgument, match="noise holds the starting draw alone, which a cddrec model never reads"
+        ):
+            engine.generate(histories, noise=noise[0])
+        return
     start = engine.generate(
         histories, noise=noise[0], seed=9 if bool(plan.draws_noise.any()) else None, output_embeddings=True
     )
@@ -318,6 +326,106 @@ def test_samples_are_aggregated(engine: Any, aggregation: str) -> None:
     assert_agree(output.scores, values, torch.float32)
     if engine.config.method != "cddrec":
         assert output.item_ids.tolist() == (rows + start).tolist()
+
+
+# --- what surrounds a call --------------------------------------------------------------------------------------------
+
+
+def test_autocast_around_a_call_changes_nothing(engine: Any) -> None:
+    expected = engine.generate(HISTORIES, seed=1, output_embeddings=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = engine.generate(HISTORIES, seed=1, output_embeddings=True)
+        rebuilt = small_engine(engine.config.method).generate(HISTORIES, seed=1, output_embeddings=True)
+    assert output.embeddings.dtype == torch.float32
+    assert torch.equal(output.embeddings, expected.embeddings)
+    assert torch.equal(output.scores, expected.scores)
+    assert_agree(rebuilt.embeddings, expected.embeddings, torch.float32)
+
+
+def test_engines_travel_to_other_processes(engine: Any) -> None:
+    expected = engine.generate(HISTORIES, seed=1)
+    engine.catalog = engine.catalog.remove([5])
+    for twin in (pickle.loads(pickle.dumps(engine)), copy.deepcopy(engine)):
+        assert twin.catalog.lookup([5]).tolist() == [-1]
+        output = twin.generate(HISTORIES, seed=1)
+        again = engine.generate(HISTORIES, seed=1)
+        assert output.item_ids.tolist() == again.item_ids.tolist()
+    assert expected.seed == 1
+
+
+def test_numpy_numbers_are_numbers(engine: Any) -> None:
+    plain = engine.generate(HISTORIES, seed=1, top_k=5, guidance_scale=1.0, filter_seen=True)
+    other = engine.generate(
+        [np.array(history, dtype=np.int32) for history in HISTORIES],
+        seed=np.int64(1),
+        top_k=np.int32(5),
+        guidance_scale=np.float32(1.0),
+        filter_seen=np.bool_(True),
+        exclude_items=set(),
+    )
+    assert torch.equal(plain.item_ids, other.item_ids)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda e: None, "must be an ItemCatalog \\(got NoneType\\)"),
+        (lambda e: fastdiff.ItemCatalog(torch.randn(60, 8)), "dimensions must be 16"),
+        (lambda e: fastdiff.ItemCatalog(torch.randn(60, 16), metric="cosine"), "metric must be dot"),
+        (lambda e: fastdiff.ItemCatalog(torch.randn(60, 16)), "special rows must be {50: '\\[PAD\\]'}"),
+    ],
+)
+def test_a_foreign_catalogue_is_refused(make: Any, message: str) -> None:
+    engine = small_engine("dreamrec")
+    with pytest.raises(InvalidArgument, match="engine.catalog: " + message):
+        engine.catalog = make(engine)
+
+
+def test_batches_of_a_padded_array_are_padded_arrays() -> None:
+    padded = np.array([[1, 2, -1], [3, -1, -1], [-1, -1, -1], [4, 5, 6]])
+    engine = small_engine("adrec")
+    whole = engine.generate(padded, seed=1)
+    for array in (padded, torch.from_numpy(padded)):
+        parts = list(engine.generate_batches(array, batch_size=3, seed=1))
+        assert torch.equal(torch.cat([part.item_ids for part in parts]), whole.item_ids)
+
+
+def test_where_the_pad_id_is_an_item_of_cddrec() -> None:
+    """Office numbers its items from 0: item 0 is a masked slot wherever it stands, and counts as seen."""
+    engine = small_engine("cddrec")
+
+    def query(history: Any) -> torch.Tensor:
+        return engine.generate(history, seed=1, request_ids=[0], output_embeddings=True).embeddings
+
+    ends_in_0 = query([[5, 6, 0]])
+    assert (ends_in_0 - query([[5, 6]])).abs().max() > 1e-3
+    assert torch.equal(query(np.array([[0, 0, 5, 6, 0]])), ends_in_0)  # left-padded, as the authors' loader does
+    assert torch.equal(query(np.array([[5, 6, 0, -1]])), ends_in_0)
+    assert torch.equal(query(np.array([[5, 6, 0, 0]])), query([[5, 6]]))  # right-padded
+    assert torch.equal(query([[0, 5, 6]]), query([[5, 6]]))  # a pad in front is no slot that anybody attends to
+    ranked = engine.generate([[0, 5, 9, 0, 7]], top_k=52, seed=1, ranking="published")
+    place = ranked.item_ids[0].tolist().index(0)
+    assert ranked.scores[0, place].item() == 0.0
+
+
+def test_added_items_are_no_rows_of_the_published_table() -> None:
+    engine = small_engine("cddrec")
+    engine.catalog = engine.catalog.add([52], torch.ones(1, 16))
+    output = engine.generate([[3, 52]], top_k=60, seed=1, ranking="published")
+    assert sorted(output.item_ids[0, : output.num_valid[0]].tolist()) == list(range(52))
+
+
+def test_numpy_strings_are_ids() -> None:
+    engine = small_engine("tarec", item_ids=[f"i{n}" for n in range(50)])
+    plain = engine.generate([["i3", "i4"]], seed=1, exclude_items=["i5"])
+    other = engine.generate([list(np.array(["i3", "i4"]))], seed=1, exclude_items=list(np.array(["i5"])))
+    assert plain.item_ids.tolist() == other.item_ids.tolist()
+
+
+def test_an_empty_batch_takes_empty_noise() -> None:
+    for noise in (torch.zeros(0, 16), torch.zeros(13, 0, 16)):
+        output = small_engine("dreamrec").generate([], noise=noise, seed=None)
+        assert output.scores.dtype == torch.float32
 
 
 # --- filters ----------------------------------------------------------------------------------------------------------
@@ -543,6 +651,9 @@ BAD_HISTORIES = [
     ([["a", 3]], r"histories\[0\] holds 3, a int; item ids are all integers, or all strings"),
     (torch.tensor([[3, -1, 4]]), r"histories\[0\] holds padding between its items"),
     ([[3, [4]]], r"histories\[0\] holds \[4\], a list"),
+    (torch.tensor([[1.0]], dtype=torch.bfloat16), r"histories has dtype bfloat16"),
+    (torch.tensor([[1]]).to_sparse(), r"histories is a torch.sparse_coo tensor.*to_dense"),
+    ([[np.int64(3), 2**70]], r"histories hold an id of more than 64 bits"),
     ([["sku"]], r"histories\[0\] holds item id 'sku', the catalogue has ids 1\.\.50"),
 ]
 
@@ -561,12 +672,12 @@ BAD_ARGUMENTS = [
     ({"num_samples": 0}, r"num_samples must be an int of at least 1"),
     ({"num_samples": 1 << 17}, r"num_samples must be at most 65536"),
     ({"aggregation": "sum"}, r"aggregation must be one of max, mean \(got 'sum'\)"),
-    ({"guidance_scale": "big"}, r"guidance_scale must be a number \(got 'big'\)"),
+    ({"guidance_scale": "big"}, r"guidance_scale must be a finite number \(got 'big'\)"),
     (
         {"scheduler": "euler"},
         r"scheduler must be one of ddpm, ddim, one_step, closed_form or a StepPlan \(got 'euler'\)",
     ),
-    ({"num_inference_steps": 0}, r"num_inference_steps must be an int in 1\.\.12"),
+    ({"num_inference_steps": 0}, r"num_inference_steps must be an int of at least 1 \(got 0\)"),
     ({"num_inference_steps": 13}, r"num_inference_steps must be an int in 1\.\.12.*\(got 13\)"),
     ({"num_inference_steps": 3, "timesteps": [5, 1]}, r"num_inference_steps excludes timesteps"),
     ({"timesteps": ["a"]}, r"timesteps must be a sequence of ints \(got \['a'\]\)"),
@@ -590,6 +701,19 @@ BAD_ARGUMENTS = [
     ({"noise": [[0.0] * 16]}, r"noise must be a tensor \(got list\)"),
     ({"noise": torch.zeros(1, 16, device="meta")}, r"noise is on meta, the model on cpu"),
     ({"noise": torch.zeros(13, 1, 16), "seed": 1}, r"noise excludes seed"),
+    ({"noise": torch.full((1, 16), torch.nan)}, r"noise holds NaN or infinity"),
+    ({"generator": 5}, r"generator must be one torch.Generator.*got a int"),
+    ({"generator": [1]}, r"generator must be one torch.Generator.*got a int"),
+    ({"seed": torch.tensor([4, 5])}, r"seed must be an integer of 64 bits"),
+    ({"request_ids": 5}, r"request_ids must hold one integer per history, 1 of them \(got a int\)"),
+    ({"user_exclude_items": 5}, r"user_exclude_items must hold one list per history, 1 of them \(got a int\)"),
+    ({"exclude_items": [[1, 2]]}, r"exclude_items must be a flat list of item ids"),
+    ({"exclude_items": [1.5]}, r"exclude_items must be a flat list of item ids"),
+    ({"callback_on_step_end": 5}, r"callback_on_step_end must be a function of"),
+    ({"callback_on_step_end": lambda i, t, x: True}, r"must return None or a tensor \[1, 16\].*\(got bool\)"),
+    ({"callback_on_step_end": lambda i, t, x: x[:0]}, r"must return None or a tensor \[1, 16\].*\(got \[0, 16\]"),
+    ({"num_inference_steps": 5.0}, r"num_inference_steps must be an int of at least 1 \(got 5\.0\)"),
+    ({"num_inference_steps": [5]}, r"num_inference_steps must be an int of at least 1 \(got \[5\]\)"),
     ({"generator": torch.Generator(), "seed": 1}, r"generator excludes seed"),
     ({"generator": [torch.Generator()] * 2}, r"one per history, 1 of them \(got 2\)"),
     ({"seed": 1.5}, r"seed must be an integer of 64 bits \(got 1\.5\)"),

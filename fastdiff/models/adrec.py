@@ -239,7 +239,8 @@ class ADRec(Model[ADRecCondition, ADRecState]):
         return block.finish(last, attend(query, key, value, bias).squeeze(1))
 
     def prepare(self, condition: ADRecCondition, plan: StepPlan, guidance_scale: float) -> ADRecState:
-        time = self.lambda_ * self.time_embedding(plan.timesteps.to(self.device))
+        timesteps = self.timesteps_of(plan, 0, self.schedule.num_train_timesteps)
+        time = self.lambda_ * self.time_embedding(timesteps)
         if condition.clean is not None:
             prefix = self._prefix(condition, condition.clean, 1 if guidance_scale == 1.0 else 2)
             return AttentionState(prefix, time, guidance_scale)

@@ -105,16 +105,24 @@ class Model(ABC, Generic[ConditionT, StateT]):
         """The model's output `[R, D]`, guidance included, at step number `step` of the plan (no timestep)."""
 
     def sample(self, state: StateT, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
-        """x_0 `[R, D]`: the loop written out, step by step. Models with a loop op call that where `on_step` is None."""
-        x_t = self.start(noise)
+        """x_0 `[R, D]`. Models with a loop op call that where `on_step` is None."""
+        return self.run_steps(self.start(noise), state, plan, noise, on_step)
+
+    def run_steps(
+        self, x_t: Tensor, state: StateT, plan: StepPlan, noise: Noise, on_step: OnStep | None = None, first: int = 0
+    ) -> Tensor:
+        """The loop written out, from step number `first` on."""
         step_op = self.bound["sampler_step"]
-        for i, (c_out, c_xt, c_noise) in enumerate(plan.coef.tolist()):
-            output = self.denoise(x_t, i, state)
+        for i, (c_out, c_xt, c_noise) in enumerate(plan.coef.tolist()[first:], start=first):
+            x_t = self.before_step(x_t)
             draw = noise.draw(1 + i) if c_noise else None
-            x_t = step_op(output, x_t, draw, c_out, c_xt, c_noise, plan.normalize)
+            x_t = step_op(self.denoise(x_t, i, state), x_t, draw, c_out, c_xt, c_noise, plan.normalize)
             if on_step is not None:
-                replaced = on_step(i, int(plan.timesteps[i]), x_t)
-                x_t = x_t if replaced is None else replaced
+                x_t = _after_step(on_step, i, plan, x_t)
+        return x_t
+
+    def before_step(self, x_t: Tensor) -> Tensor:
+        """What is done to x before each step, apart from the plan."""
         return x_t
 
     def start(self, noise: Noise) -> Tensor:
@@ -139,6 +147,11 @@ class Model(ABC, Generic[ConditionT, StateT]):
         config = self.config
         if scheduler == "one_step":
             return self.one_step_plan()
+        if scheduler == "ddim" and config.prediction_type == "prev_mean":
+            raise InvalidArgument(
+                f"generate: eta and scheduler='ddim' need a prediction of x_start, epsilon or v, and this "
+                f"{config.method} model predicts the mean of x_prev; use 'one_step' or 'ddpm'"
+            )
         if timesteps is None and num_steps is not None and num_steps != self.schedule.num_train_timesteps:
             timesteps = plans.spaced_timesteps(self.schedule.num_train_timesteps, num_steps, spacing)
         if scheduler == "ddpm":
@@ -154,8 +167,22 @@ class Model(ABC, Generic[ConditionT, StateT]):
             return plans.ddim(self.schedule, timesteps, eta, config.prediction_type, self.normalizes)
         raise InvalidArgument(f"generate: unknown scheduler {scheduler!r}; known: ddpm, ddim, one_step, closed_form")
 
+    def timesteps_of(self, plan: StepPlan, lowest: int, highest: int) -> Tensor:
+        """The plan's timesteps `[S]` on the model's device; raises where the denoiser was not made for one of them."""
+        if bool(((plan.timesteps < lowest) | (plan.timesteps > highest)).any()):
+            raise InvalidArgument(
+                f"generate: the plan's timesteps must lie in {lowest}..{highest}, what this {self.config.method} model "
+                f"can be fed (got {plan.timesteps.tolist()}); make the plan from the model's own schedule"
+            )
+        return plan.timesteps.to(self.device)
+
     def one_step_plan(self) -> StepPlan:
         return plans.one_step(self.schedule, None, self.normalizes)
+
+    @property
+    def uses_start(self) -> bool:
+        """Whether x_T can reach the result."""
+        return True
 
     @property
     def normalizes(self) -> bool:
@@ -180,3 +207,16 @@ class Model(ABC, Generic[ConditionT, StateT]):
     @property
     def dtype(self) -> torch.dtype:
         return self.item_table.dtype
+
+
+def _after_step(on_step: OnStep, step: int, plan: StepPlan, x_t: Tensor) -> Tensor:
+    """x after the caller's step function has seen it, and perhaps replaced it."""
+    replaced = on_step(step, int(plan.timesteps[step]), x_t)
+    if replaced is None:
+        return x_t
+    if not isinstance(replaced, Tensor) or replaced.shape != x_t.shape or replaced.dtype != x_t.dtype:
+        got = f"{list(replaced.shape)} {replaced.dtype}" if isinstance(replaced, Tensor) else type(replaced).__name__
+        raise InvalidArgument(
+            f"generate: callback_on_step_end must return None or a tensor {list(x_t.shape)} of {x_t.dtype} (got {got})"
+        )
+    return replaced

@@ -185,15 +185,10 @@ class CDDRec(Model[Tensor, CDDRecState]):
             raise InvalidArgument(
                 f"generate: guidance_scale must be 1: CDDRec has no unconditional branch (got {guidance_scale:g})"
             )
-        total = self._cross.shape[0]
-        if int(plan.timesteps.max()) >= total or int(plan.timesteps.min()) < 0:
-            raise InvalidArgument(
-                f"generate: the plan's timesteps must lie in 0..{total - 1}, the rows of CDDRec's time table "
-                f"(got {plan.timesteps.tolist()})"
-            )
+        timesteps = self.timesteps_of(plan, 0, self._cross.shape[0] - 1)
         context = self._attend_batch(condition) if self.config.coupled else self._attend_alone(condition)
         attended = self._norm("decoder.norm1", condition + context, DECODER_EPS)
-        return CDDRecState(attended, self._cross[plan.timesteps.to(self._cross.device)])
+        return CDDRecState(attended, self._cross[timesteps])
 
     def _attend_batch(self, x: Tensor) -> Tensor:
         """Every user attends to all users of the batch: x [B, D]."""
@@ -227,15 +222,11 @@ class CDDRec(Model[Tensor, CDDRecState]):
         forgetting = [i for i, (_, c_xt, _) in enumerate(coef) if c_xt == 0]
         first = forgetting[-1] if forgetting and on_step is None else 0
         x_t = state.attended if coef[first][1] == 0 else self.start(noise)
-        step_op = self.bound["sampler_step"]
-        for i, (c_out, c_xt, c_noise) in enumerate(coef[first:], start=first):
-            output = self.denoise(x_t, i, state)
-            draw = noise.draw(1 + i) if c_noise else None
-            x_t = step_op(output, x_t, draw, c_out, c_xt, c_noise, plan.normalize)
-            if on_step is not None:
-                replaced = on_step(i, int(plan.timesteps[i]), x_t)
-                x_t = x_t if replaced is None else replaced
-        return x_t
+        return self.run_steps(x_t, state, plan, noise, on_step, first)
+
+    @property
+    def uses_start(self) -> bool:
+        return False
 
     def one_step_plan(self) -> StepPlan:
         """t = 0 alone, with its noise: what the authors' inference runs."""

@@ -127,15 +127,10 @@ class DimeRec(Model[Tensor, DimeRecState]):
             raise InvalidArgument(
                 f"dimerec: guidance_scale must be 1 (got {guidance_scale:g}); the method has no unconditional branch"
             )
-        rows = plan.timesteps + self.config.step_offset
-        last = self._time_table.shape[0] - 1
-        if not bool(((rows >= 0) & (rows <= last)).all()):
-            raise InvalidArgument(
-                f"dimerec: the timesteps of a plan, plus step_offset {self.config.step_offset}, must be rows 0..{last} "
-                f"of the step table (got {rows.tolist()}); make the plan from this model's schedule"
-            )
+        offset = self.config.step_offset
+        timesteps = self.timesteps_of(plan, -offset, self._time_table.shape[0] - 1 - offset)
         cond = F.linear(condition.flatten(1), self._w_g, self._bias)
-        return DimeRecState(cond, self._time_table[rows.to(self.device)])
+        return DimeRecState(cond, self._time_table[timesteps + offset])
 
     def repeat(self, state: DimeRecState, num_samples: int) -> DimeRecState:
         return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
@@ -148,29 +143,16 @@ class DimeRec(Model[Tensor, DimeRecState]):
         return self.mlp(x_t, state.cond, state.time[step])
 
     def sample(self, state: DimeRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
-        if self.config.normalize == "before":
-            return self._sample_normalizing_before(state, plan, noise, on_step)
-        if on_step is not None:
+        if on_step is not None or self.config.normalize == "before":
             return super().sample(state, plan, noise, on_step)
         loop = self.bound["denoise_mlp_loop"]
         x_T = self.start(noise)
         x_0: Tensor = loop(x_T, self.mlp, state.cond, None, 1.0, state.time, plan.coef, plan.normalize, noise)
         return x_0
 
-    def _sample_normalizing_before(
-        self, state: DimeRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None
-    ) -> Tensor:
-        """Each step starts from x / |x|; the last one's result stays as it is. No table of coefficients says that."""
-        x_t = self.start(noise)
-        step_op = self.bound["sampler_step"]
-        for i, (c_out, c_xt, c_noise) in enumerate(plan.coef.tolist()):
-            x_t = F.normalize(x_t, dim=-1)
-            draw = noise.draw(1 + i) if c_noise else None
-            x_t = step_op(self.denoise(x_t, i, state), x_t, draw, c_out, c_xt, c_noise, plan.normalize)
-            if on_step is not None:
-                replaced = on_step(i, int(plan.timesteps[i]), x_t)
-                x_t = x_t if replaced is None else replaced
-        return x_t
+    def before_step(self, x_t: Tensor) -> Tensor:
+        """The follow-up's reading: each step starts from x / |x|, and the last one's result stays as it is."""
+        return F.normalize(x_t, dim=-1) if self.config.normalize == "before" else x_t
 
     # --- plans --------------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,6 @@ from torch import Tensor
 
 from fastdiff.closed_form import AffineDenoiser
 from fastdiff.config import DreamRecConfig
-from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories, Model, OnStep, Weights
 from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.noise import Noise
@@ -204,13 +203,7 @@ class DreamRec(Model[Tensor, DreamRecState]):
 
     def _time(self, plan: StepPlan) -> Tensor:
         """W_t tau(t) `[S, H]` of the timesteps of a plan."""
-        last = self._time_table.shape[0] - 1
-        if not bool(((plan.timesteps >= 0) & (plan.timesteps <= last)).all()):
-            raise InvalidArgument(
-                f"{self.config.method}: the timesteps of a plan must lie in 0..{last}, the training chain and one "
-                f"beyond (got {plan.timesteps.tolist()}); make the plan from this model's schedule"
-            )
-        return self._time_table[plan.timesteps.to(self.device)]
+        return self._time_table[self.timesteps_of(plan, 0, self._time_table.shape[0] - 1)]
 
     def _embed_time(self, timesteps: Tensor) -> Tensor:
         """tau(t) `[S, D]`. The sinusoids are float32, as the authors compute them, whatever the weights are."""

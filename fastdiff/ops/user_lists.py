@@ -87,6 +87,14 @@ class UserLists:
         users = torch.cat([self.users(), other.users()]).sort(stable=True).indices
         return UserLists(torch.cat([self.values, other.values])[users], self.offsets + other.offsets)
 
+    def below(self, n_rows: int) -> UserLists:
+        """The rows under `n_rows` of each list."""
+        kept = self.values < n_rows
+        if bool(kept.all()):
+            return self
+        lengths = torch.bincount(self.users()[kept], minlength=self.n_users)
+        return UserLists(self.values[kept], F.pad(lengths.cumsum(0), (1, 0)))
+
     def to(self, device: torch.device | str) -> UserLists:
         if self.values.device == torch.device(device):
             return self

@@ -323,7 +323,7 @@ def test_what_cddrec_cannot_do_is_refused(histories: Histories) -> None:
     condition = model.encode(histories, model.item_table)
     with pytest.raises(InvalidArgument, match=r"guidance_scale must be 1.*got 2.5"):
         model.prepare(condition, model.one_step_plan(), 2.5)
-    with pytest.raises(InvalidArgument, match="prediction_type"):
+    with pytest.raises(InvalidArgument, match="scheduler='ddim' need a prediction of x_start"):
         model.plan("ddim")
     longer = restructured(drawn_model(torch.float32, 0, T=9)).plan("ddpm")
     with pytest.raises(InvalidArgument, match=r"must lie in 0\.\.4"):

@@ -200,5 +200,5 @@ def test_what_cannot_be_meant_is_refused():
     interests = model.encode(random_histories(BASE, [2]), model.item_table)
     with pytest.raises(InvalidArgument, match=r"guidance_scale must be 1 \(got 2\)"):
         model.prepare(interests, plan, 2.0)
-    with pytest.raises(InvalidArgument, match=r"rows 0\.\.9 of the step table"):
+    with pytest.raises(InvalidArgument, match=r"timesteps must lie in -1\.\.8, what this dimerec"):
         model.prepare(interests, replace(plan, timesteps=plan.timesteps + 1), 1.0)

@@ -285,7 +285,7 @@ def test_a_shifted_grid_may_feed_the_timestep_one_past_the_chain():
     with torch.no_grad():
         truth = published(x, published_condition(published, histories), torch.full((2,), 15))
     assert_agree(model.denoise(x, 0, state), truth, torch.float64)
-    with pytest.raises(InvalidArgument, match=r"dreamrec: the timesteps of a plan must lie in 0\.\.15"):
+    with pytest.raises(InvalidArgument, match=r"timesteps must lie in 0\.\.15, what this dreamrec"):
         model.prepare(state.cond, replace(plan, timesteps=plan.timesteps + 1), 1.0)
 
 

@@ -1,0 +1,34 @@
+"""The arithmetic that answers are promised for: no gradients, and no autocast around it.
+
+Evaluation loops often run under `torch.autocast`, which would let matrix products round to bfloat16 behind the back of
+a float32 model and of the bounds by which the top-K is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@contextmanager
+def plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """No gradients are recorded and autocast is off for `device` inside."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def in_plain_arithmetic(method: Method) -> Method:
+    """A method that runs in plain arithmetic on its object's `device`."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with plain_arithmetic(self.device):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
