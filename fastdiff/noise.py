@@ -158,16 +158,13 @@ def philox4x32(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # a 32 x 32 bit product wraps in int64, but its 64 bits are right: mask after the shift
+        # a 32 x 32 bit product wraps in int64, but its 64 bits are right; only c0 and c2 are multiplied again, so only
+        # they are cut to 32 bits in every round
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = (
-            ((product_1 >> 32) & _MASK32) ^ c1 ^ k0,
-            product_1 & _MASK32,
-            ((product_0 >> 32) & _MASK32) ^ c3 ^ k1,
-            product_0 & _MASK32,
-        )
+        c0, c2 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK32, ((product_0 >> 32) ^ c3 ^ k1) & _MASK32
+        c1, c3 = product_1, product_0
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK32, c2, c3 & _MASK32
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,15 +187,15 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 def history_row_key(items: Tensor, lengths: Tensor) -> Tensor:
     """A 64-bit hash per history `[B]` int64: the row key of a call without `request_ids`.
 
-    h = 0; for each of the row's first `length` items: h = mix(h + golden + item); then key = mix(h + golden + length),
-    where mix is splitmix64's finaliser and sums wrap.
+    key = mix(golden + length + sum_{j < length} mix(item_j + (j + 1) golden))
+
+    where mix is splitmix64's finaliser, golden its increment, and sums and products wrap at 64 bits.
 
     items  [B, L] int64, left-aligned: what stands beyond a row's length does not matter   lengths  [B] int64
     """
-    key = torch.zeros(items.shape[0], dtype=torch.int64, device=items.device)
-    for j in range(items.shape[1]):
-        key = torch.where(j < lengths, _mix(key + _GOLDEN + items[:, j]), key)
-    return _mix(key + _GOLDEN + lengths)
+    places = torch.arange(items.shape[1], device=items.device)
+    mixed = _mix(items + (places + 1) * _GOLDEN).masked_fill_(places >= lengths[:, None], 0)
+    return _mix(mixed.sum(dim=1) + lengths + _GOLDEN)
 
 
 def _mix(h: Tensor) -> Tensor:
