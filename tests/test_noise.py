@@ -167,10 +167,8 @@ def splitmix_hash(items: list[int]) -> int:
         h = (h ^ (h >> 27)) * 0x94D049BB133111EB % modulus
         return h ^ (h >> 31)
 
-    h = 0
-    for item in items:
-        h = mix((h + golden + item) % modulus)
-    h = mix((h + golden + len(items)) % modulus)
+    total = sum(mix((item + (place + 1) * golden) % modulus) for place, item in enumerate(items))
+    h = mix((golden + len(items) + total) % modulus)
     return h - modulus if h >= modulus // 2 else h
 
 
