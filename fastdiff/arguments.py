@@ -1,4 +1,4 @@
-"""The arguments of `generate()`: what they resolve to, which exclude each other, and what is said about bad ones."""
+"""Arguments of the engine and of `generate()`: what they resolve to, which exclude each other, what bad ones are told."""
 
 from __future__ import annotations
 
@@ -312,6 +312,47 @@ def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray
             f"generate: {name} holds item id {unknown!r}, the catalogue has {catalog.describe_ids()}; leave it out"
         )
     return rows
+
+
+# --- what an engine is made of --------------------------------------------------------------------------------------
+
+
+def check_catalog(catalog: ItemCatalog, model: Model[Any, Any]) -> None:
+    """A catalogue serves a model whose item table its rows begin with: histories are read there."""
+    config = model.config
+    where, remedy = "engine.catalog", "make it from engine.catalog with add(), update() or remove()"
+    if not isinstance(catalog, ItemCatalog):
+        raise InvalidArgument(f"{where}: must be an ItemCatalog (got {type(catalog).__name__}); {remedy}")
+    facts = {
+        "dimensions": (catalog.dim, config.hidden_size),
+        "metric": (catalog.metric, config.metric),
+        "device": (catalog.device, model.device),
+        "special rows": (catalog.special_rows, config.special_rows),
+    }
+    for name, (given, wanted) in facts.items():
+        if given != wanted:
+            raise InvalidArgument(f"{where}: {name} must be {wanted}, the model's own (got {given}); {remedy}")
+    if catalog.n_rows < config.n_rows:
+        raise InvalidArgument(
+            f"{where}: must begin with the {config.n_rows} rows of the model's item table (got {catalog.n_rows} rows); "
+            f"{remedy}"
+        )
+
+
+def check_device(device: str | torch.device | None, current: torch.device) -> torch.device:
+    if device is None:
+        return current
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgument(f"device: {device!r} is no device that torch knows; 'cpu' or 'cuda' are") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"device: must be 'cpu' or 'cuda' (got {device!r})")
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InvalidArgument(f"device: {device!r} was asked for, and torch sees no CUDA device here; use 'cpu'")
+        return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
+    return place
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

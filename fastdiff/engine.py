@@ -21,6 +21,8 @@ from fastdiff.arguments import (
     NoiseRequest,
     RankingRequest,
     SamplerRequest,
+    check_catalog,
+    check_device,
     draw_seed,
     refuse_unknown,
     resolve_settings,
@@ -120,7 +122,7 @@ class Engine:
         dtype = torch.float32 if dtype is None else dtype
         if dtype not in DTYPES:
             raise InvalidArgument(f"dtype: must be one of {', '.join(map(str, DTYPES))} (got {dtype})")
-        place = _check_device(device, next(iter(checkpoint.weights.values())).device)
+        place = check_device(device, next(iter(checkpoint.weights.values())).device)
         kind = model_class(checkpoint.config.method)
         bound = {op.name: op.bind(backend, place) for op in kind.ops}
         stored = {name: weight.detach().to(place) for name, weight in checkpoint.weights.items()}
@@ -159,7 +161,7 @@ class Engine:
 
     @catalog.setter
     def catalog(self, catalog: ItemCatalog) -> None:
-        _check_catalog(catalog, self.model)
+        check_catalog(catalog, self.model)
         self._catalog = catalog
 
     @property
@@ -430,41 +432,3 @@ def _cut(histories: Iterable[Any], batch_size: int) -> Iterator[Any]:
     source = iter(histories)
     while batch := list(islice(source, batch_size)):
         yield batch
-
-
-def _check_catalog(catalog: ItemCatalog, model: Model[Any, Any]) -> None:
-    """A catalogue serves a model whose item table its rows begin with: histories are read there."""
-    config = model.config
-    where, remedy = "engine.catalog", "make it from engine.catalog with add(), update() or remove()"
-    if not isinstance(catalog, ItemCatalog):
-        raise InvalidArgument(f"{where}: must be an ItemCatalog (got {type(catalog).__name__}); {remedy}")
-    facts = {
-        "dimensions": (catalog.dim, config.hidden_size),
-        "metric": (catalog.metric, config.metric),
-        "device": (catalog.device, model.device),
-        "special rows": (catalog.special_rows, config.special_rows),
-    }
-    for name, (given, wanted) in facts.items():
-        if given != wanted:
-            raise InvalidArgument(f"{where}: {name} must be {wanted}, the model's own (got {given}); {remedy}")
-    if catalog.n_rows < config.n_rows:
-        raise InvalidArgument(
-            f"{where}: must begin with the {config.n_rows} rows of the model's item table (got {catalog.n_rows} rows); "
-            f"{remedy}"
-        )
-
-
-def _check_device(device: str | torch.device | None, current: torch.device) -> torch.device:
-    if device is None:
-        return current
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InvalidArgument(f"device: {device!r} is no device that torch knows; 'cpu' or 'cuda' are") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InvalidArgument(f"device: must be 'cpu' or 'cuda' (got {device!r})")
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise InvalidArgument(f"device: {device!r} was asked for, and torch sees no CUDA device here; use 'cpu'")
-        return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
-    return place
