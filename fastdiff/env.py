@@ -119,8 +119,7 @@ def _extension() -> dict[str, Any]:
     if importlib.util.find_spec("fastdiff._C") is None:
         return {
             "built": False,
-            "why_not": "it was not built; install fastdiff where there is a C++ compiler, after torch, with "
-            "`pip install --no-build-isolation .`",
+            "why_not": "it was not built; install fastdiff where there is a C++ compiler, with `pip install .`",
         }
     try:
         from fastdiff import _C
