@@ -29,6 +29,8 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 
 ARITHMETIC = {"float32": torch.float32, "float64": torch.float64}
+MAX_TRAIN_TIMESTEPS = 1_000_000
+"""A thousand times what anybody trains with; more is a damaged or mistyped setting, refused before it is allocated."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ScheduleConfig:
     """A named family of betas with its parameters; what `config.json` stores under `"schedule"`.
 
     family               one of `BETA_FAMILIES`, or "explicit" (then `betas` holds them)
-    num_train_timesteps  T, the length of the training chain
+    num_train_timesteps  T, the length of the training chain, 1 to 1,000,000
     arithmetic           "float32" or "float64": the dtype in which every derived quantity is computed
     beta_start, beta_end ends of "linear" (dimensionless variances)
     linspace_dtype       dtype of the linear grid where it differs from `arithmetic` (CDDRec draws it in float32)
@@ -68,6 +70,10 @@ class ScheduleConfig:
         if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 1:
             raise InvalidArgument(
                 f"{where}: num_train_timesteps must be an int of at least 1 (got {self.num_train_timesteps!r})"
+            )
+        if self.num_train_timesteps > MAX_TRAIN_TIMESTEPS:
+            raise InvalidArgument(
+                f"{where}: num_train_timesteps must be at most {MAX_TRAIN_TIMESTEPS} (got {self.num_train_timesteps})"
             )
         for name in ("arithmetic", "linspace_dtype"):
             value = getattr(self, name)
