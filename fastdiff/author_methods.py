@@ -3,7 +3,8 @@
 Sizes are read from the weights; where settings state them too, they must agree. What the weights cannot tell and what
 would change results has no default here, whatever default the authors' parsers have: all that is missing is named at
 once. Exceptions are switches that are off where absent (ADRec's cfg_scale and geodesic), the paper's own choices for
-TA-Rec, whose code is not public, and DimeRec, whose settings are the fields of `DimeRecConfig`.
+TA-Rec, whose code is not public, and DimeRec, whose settings are the fields of `DimeRecConfig`. CDDRec takes one
+setting of ours beside its authors': `batch_coupling` (see `CDDRecConfig`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.author_settings import Settings
-from fastdiff.config import CONFIGS, DimeRecConfig, GenerationConfig, ModelConfig, default_generation_config
+from fastdiff.config import CONFIGS, COUPLINGS, DimeRecConfig, GenerationConfig, ModelConfig, default_generation_config
 from fastdiff.errors import CheckpointError, InvalidArgument
 from fastdiff.schedule import ARITHMETIC, ScheduleConfig
 from fastdiff.settings_reader import Reader
@@ -227,7 +228,9 @@ def _describe_cddrec(reader: Reader) -> Described:
         "n_layers": layers,
         "n_heads": reader.integer("num_attention_heads", "heads of encoder and decoder"),
         "hidden_act": reader.choice("hidden_act", "activation of encoder and decoder", ("gelu", "relu")),
-        "batch_coupling": "published",
+        "batch_coupling": reader.choice(
+            "batch_coupling", "whether the users of a batch attend to one another", COUPLINGS, default="published"
+        ),
         "schedule": _schedule(
             reader,
             "T",
@@ -337,7 +340,7 @@ KNOWN_SETTINGS: dict[str, frozenset[str]] = {
     "adrec": _ADREC_PARSER | {"n_heads"},
     "dreamrec": _DREAMREC_PARSER,
     "tarec": _DREAMREC_PARSER | {"p1", "p2", "eval", "linespace", "one_step_timestep"},
-    "cddrec": _CDDREC_PARSER,
+    "cddrec": _CDDREC_PARSER | {"batch_coupling"},
     "dimerec": DIMEREC_FIELDS | SCHEDULE_FIELDS,
 }
 """What the authors' parsers hold, training settings included: these are read or passed over without a word."""

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff.config import DimeRecConfig
-from fastdiff.errors import CheckpointError
+from fastdiff.errors import CheckpointError, InvalidArgument
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def read_settings(path: str | Path, method: str) -> Settings:
 def _parse_json(text: str, path: Path) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
 
 
@@ -77,7 +77,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
         ) from error
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as YAML ({error})") from error
 
 
@@ -89,24 +89,37 @@ def _parse_namespace(text: str, path: Path) -> dict[str, Any]:
             f"{path}: holds no Namespace(...); accepted are .yaml and .json files, and text files with the Namespace "
             "that argparse prints"
         )
-    line = text[start:].partition("\n")[0]
-    for end in reversed([match.end() for match in re.finditer(r"\)", line)]):
-        try:
-            call = ast.parse(line[:end], mode="eval").body
-        except (SyntaxError, ValueError):
-            continue
-        if isinstance(call, ast.Call) and not call.args:
-            return dict(_literals(call.keywords, path))
+    text = text[start:]
+    try:
+        call = ast.parse(text[: _end_of_call(text)], mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the parser's words for "nested too deeply"
+        call = None
+    if isinstance(call, ast.Call) and not call.args:
+        return dict(_literals(call.keywords, path))
+    line = text.partition("\n")[0]
     raise CheckpointError(
         f"{path}: the Namespace(...) cannot be parsed (got {line[:60]!r}); write the settings as .json"
     )
+
+
+_STRING_OR_BRACKET = re.compile(r"""'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|[()\[\]{}]""")
+
+
+def _end_of_call(text: str) -> int:
+    """Where the first bracket of the text closes, on whichever line; brackets inside strings do not count."""
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(text):
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if depth == 0 and match[0] in ")]}":
+            return match.end()
+    return len(text)
 
 
 def _literals(keywords: Iterable[ast.keyword], path: Path) -> Iterable[tuple[str, Any]]:
     for keyword in keywords:
         try:
             yield str(keyword.arg), ast.literal_eval(keyword.value)
-        except (ValueError, TypeError):  # device(type='cuda') and the like: objects of the training run
+        except (ValueError, TypeError, RecursionError):  # device(type='cuda') and the like: objects of the training run
             logger.info("%s: the value of %s is not a literal and is not read", path, keyword.arg)
 
 
@@ -121,8 +134,8 @@ def live_settings(method: str, model: nn.Module) -> dict[str, Any]:
         value = _attribute(model, path)
         if value is not None:
             found[name] = value
-    if method == "adrec" and "rescale_timesteps" in found:  # a text, as their command line leaves it, counts as true
-        found["rescale_timesteps"] = bool(found["rescale_timesteps"])
+    if method == "adrec" and "rescale_timesteps" in found:
+        found["rescale_timesteps"] = bool(_as_used("rescale_timesteps", found["rescale_timesteps"]))
     if method == "cddrec":
         activation = getattr(_attribute(model, "decoder.activation"), "__name__", None)
         found |= {"hidden_act": activation} if activation in ("gelu", "relu") else {}
@@ -170,16 +183,46 @@ def _attribute(model: Any, path: str) -> Any:
     return model
 
 
-def merge_settings(live: dict[str, Any], given: dict[str, Any], where: str) -> Settings:
+def _as_used(name: str, value: Any) -> Any:
+    """The authors' command line leaves `rescale_timesteps` as text, and any text is true to their code."""
+    return True if name == "rescale_timesteps" and isinstance(value, str) and value else value
+
+
+def given_settings(settings: object) -> Settings:
+    """The settings that a caller holds: a mapping, or an object with attributes.
+
+    Arrays among the attributes of an object are what it computed from its settings, and not what a person stated.
+    """
+    if settings is None:
+        return Settings({}, frozenset())
+    if isinstance(settings, Mapping):
+        values = dict(settings)
+        stated = frozenset(values)
+    elif hasattr(settings, "__dict__") and not callable(settings) and not isinstance(settings, Tensor):
+        values = dict(vars(settings))
+        stated = frozenset(name for name, value in values.items() if not isinstance(value, (Tensor, np.ndarray)))
+    else:
+        raise InvalidArgument(
+            "accelerate: settings must be a mapping from names to values, or an object that has them as attributes, "
+            f"such as an argparse.Namespace or the authors' diffusion object (got {type(settings).__name__}); put them "
+            "into a dict"
+        )
+    foreign = [name for name in values if not isinstance(name, str)]
+    if foreign:
+        raise InvalidArgument(f"accelerate: the names of settings must be strings (got {foreign[0]!r})")
+    return Settings({name: value for name, value in values.items() if value is not None}, stated)
+
+
+def merge_settings(live: dict[str, Any], given: Settings, where: str) -> Settings:
     """Both together; a setting that says something else than the model itself is an error."""
     contradicted = [
         f"{name} is {shortened(value)} in the settings and {shortened(live[name])} in the model"
-        for name, value in given.items()
-        if name in live and not same_value(value, live[name])
+        for name, value in given.values.items()
+        if live.get(name) is not None and not same_value(_as_used(name, value), live[name])
     ]
     if contradicted:
         raise CheckpointError(f"{where}: {'; '.join(contradicted)}; leave out of the settings what the model holds")
-    return Settings({**live, **given}, frozenset(given))
+    return Settings({**live, **given.values}, given.stated)
 
 
 def same_value(a: Any, b: Any) -> bool:

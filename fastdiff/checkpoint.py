@@ -11,21 +11,32 @@ A native folder holds
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastdiff.author_methods import describe
-from fastdiff.author_settings import live_settings, merge_settings, read_settings
+from fastdiff.author_settings import given_settings, live_settings, merge_settings, read_settings, shortened
 from fastdiff.config import CONFIGS, GenerationConfig, ModelConfig, config_from_dict, generation_config_from_dict
-from fastdiff.errors import CheckpointError, InvalidArgument
-from fastdiff.weights_file import Weights, check_method, check_weights, looks_like, plain_names, read_weights
+from fastdiff.errors import CatalogError, CheckpointError, InvalidArgument
+from fastdiff.item_ids import as_id_array, check_new_ids
+from fastdiff.weights_file import (
+    Weights,
+    check_method,
+    check_storage,
+    check_weights,
+    looks_like,
+    plain_names,
+    read_weights,
+)
 
 __all__ = ["Checkpoint", "convert", "from_module", "looks_like", "read_folder", "write_folder"]
 
@@ -57,7 +68,7 @@ class Checkpoint:
 
 def read_folder(folder: str | Path) -> Checkpoint:
     """The checkpoint in a native folder. Raises CheckpointError naming the file and what is wrong with it."""
-    folder = Path(folder)
+    folder = _path(folder, "from_pretrained: folder")
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
@@ -138,8 +149,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def _path(value: Any, where: str) -> Path:
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidArgument(f"{where} must be a path, a str or a pathlib.Path (got {value!r})")
+    return Path(value)
 
 
 # --- item ids ---------------------------------------------------------------------------------------------------------
@@ -159,39 +176,37 @@ def read_item_ids(path: str | Path, n_items: int) -> ItemIds:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: cannot be read as text ({error})") from error
-    if all(_is_plain_int(line) for line in lines):
-        return check_item_ids([int(line) for line in lines], n_items, str(path))
-    return check_item_ids(lines, n_items, str(path))
+    if not all(map(_PLAIN_INT.fullmatch, lines)):
+        return check_item_ids(lines, n_items, str(path))
+    too_long = next((at for at, line in enumerate(lines) if len(line) > len(str(-(1 << 63)))), None)
+    if too_long is not None:  # said here, because Python refuses to read thousands of digits
+        raise CheckpointError(
+            f"{path}[{too_long}]: integers must have 64 bits (got {shortened(lines[too_long])}); use strings, in a "
+            ".json file"
+        )
+    return check_item_ids([int(line) for line in lines], n_items, str(path))
 
 
-def _is_plain_int(text: str) -> bool:
-    """Whether the text survives int and back: "007" is a name."""
-    digits = text.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and str(int(text)) == text
+_PLAIN_INT = re.compile(r"0|-?[1-9][0-9]*", re.ASCII)
+"""A text that survives int and back: "007" is a name."""
 
 
 def check_item_ids(ids: Any, n_items: int, where: str) -> ItemIds:
+    """Raise a CheckpointError for ids that a catalogue would refuse."""
     if not isinstance(ids, list):
         raise CheckpointError(f"{where}: must be a list of item ids (got {type(ids).__name__})")
-    for position, item in enumerate(ids):
-        if isinstance(item, bool) or not isinstance(item, (int, str)) or item == "":
+    if "" in ids:
+        raise CheckpointError(f"{where}[{ids.index('')}]: an id must not be empty; give each item a name")
+    try:
+        values = as_id_array(ids, where)
+        if len(ids) != n_items:
             raise CheckpointError(
-                f"{where}: ids must be ints or non-empty strings (got {item!r} at position {position})"
+                f"{where}: must hold one id per real item, in row order, {n_items} of them (got {len(ids)}); pad and "
+                "mask rows have none"
             )
-        if type(item) is not type(ids[0]):
-            raise CheckpointError(
-                f"{where}: ids must be all ints or all strings (got {ids[0]!r} and, at position {position}, {item!r})"
-            )
-    if len(ids) != n_items:
-        raise CheckpointError(
-            f"{where}: must hold one id per real item, in row order, {n_items} of them (got {len(ids)}); pad and mask "
-            "rows have none"
-        )
-    first_at: dict[Any, int] = {}
-    for position, item in enumerate(ids):
-        if item in first_at:
-            raise CheckpointError(f"{where}: the id {item!r} stands at positions {first_at[item]} and {position}")
-        first_at[item] = position
+        check_new_ids(values, where)
+    except CatalogError as error:
+        raise CheckpointError(str(error)) from error
     return ids
 
 
@@ -210,27 +225,33 @@ def convert(
     method         "adrec", "dreamrec", "tarec", "cddrec" or "dimerec"
     weights_file   a state dict with the authors' names: .safetensors, .pth or .pt
     settings_file  what the weights cannot tell, under the authors' own names: .yaml (ADRec's config.yaml), .json, or a
-                   text file with the `Namespace(...)` that argparse prints
+                   text file with the `Namespace(...)` that argparse prints, on one line or several
     item_ids_file  see `read_item_ids`; None leaves the row numbers as ids
     Raises CheckpointError naming everything that is missing, unexpected, misshapen or contradictory.
     """
     _check_known(method, "convert")
+    weights_file = _path(weights_file, "convert: weights_file")
+    settings_file = _path(settings_file, "convert: settings_file")
+    output = _path(output, "convert: output")
     weights = read_weights(weights_file)
     check_method(method, weights, str(weights_file))
     settings = read_settings(settings_file, method)
     config, generation_config = describe(method, settings, weights, str(settings_file))
     weights = check_weights(config, weights, str(weights_file))
-    item_ids = None if item_ids_file is None else read_item_ids(item_ids_file, config.n_items)
+    item_ids = None
+    if item_ids_file is not None:
+        item_ids = read_item_ids(_path(item_ids_file, "convert: item_ids_file"), config.n_items)
     checkpoint = Checkpoint(config, generation_config, weights, item_ids)
     write_folder(output, checkpoint)
     return checkpoint
 
 
-def from_module(model: nn.Module, settings: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The checkpoint of a live model of the authors' code; its weights are shared, not copied.
+def from_module(model: nn.Module, settings: object = None) -> Checkpoint:
+    """The checkpoint of a live model of the authors' code, with a copy of its weights.
 
     model     recognised by its parameters; schedule and sizes are read from its attributes where it holds them
-    settings  what it does not hold, under the authors' names; "method" tells TA-Rec from DreamRec
+    settings  what it does not hold, under the authors' names, as a mapping or as attributes of an object; "method"
+              tells TA-Rec from DreamRec
     Raises CheckpointError naming the settings that are missing, or that contradict the model.
     """
     if not isinstance(model, nn.Module):
@@ -239,9 +260,9 @@ def from_module(model: nn.Module, settings: Mapping[str, Any] | None = None) -> 
             "disk is for convert and from_pretrained"
         )
     model = _unwrap(model)
-    given = dict(settings or {})
-    weights = plain_names(model.state_dict())
-    method = given.pop("method", None) or looks_like(weights)
+    given = given_settings(settings)
+    weights = plain_names({name: w for name, w in model.state_dict().items() if isinstance(w, Tensor)})
+    method = given.values.pop("method", None) or looks_like(weights)
     if method is None:
         raise CheckpointError(
             f"accelerate: {type(model).__name__} is not a model that fastdiff knows by its parameters; known are those "
@@ -250,9 +271,13 @@ def from_module(model: nn.Module, settings: Mapping[str, Any] | None = None) -> 
     _check_known(method, "accelerate")
     where = f"accelerate: {type(model).__name__}"
     check_method(method, weights, where)
+    check_storage(weights, where)
     merged = merge_settings(live_settings(method, model), given, where)
     config, generation_config = describe(method, merged, weights, where)
-    return Checkpoint(config, generation_config, check_weights(config, weights, where))
+    used = check_weights(config, weights, where)
+    # copies: an engine folds weights into new ones, so one that shared the rest would, after further training of the
+    # model, be neither the old model nor the new one
+    return Checkpoint(config, generation_config, {name: weight.detach().clone() for name, weight in used.items()})
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

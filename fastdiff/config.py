@@ -11,6 +11,7 @@ from fastdiff.plan import PREDICTION_TYPES, TIMESTEP_SPACINGS, VARIANCE_TYPES
 from fastdiff.schedule import ScheduleConfig
 
 AGGREGATIONS = ("max", "mean")
+COUPLINGS = ("published", "none")
 RANKINGS = ("clean", "published")
 SCHEDULERS = ("ddpm", "ddim", "one_step", "closed_form")
 
@@ -215,7 +216,7 @@ class CDDRecConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "batch_coupling", ("published", "none"))
+        _check(self, "batch_coupling", COUPLINGS)
         _check(self, "hidden_act", ("gelu", "relu"))
         _check_counts(self, "n_layers")
         _check_heads(self, self.n_heads)

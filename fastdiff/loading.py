@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastdiff.checkpoint import from_module, read_folder
 from fastdiff.engine import Engine
@@ -32,7 +31,7 @@ def from_pretrained(
 
 def accelerate(
     model: torch.nn.Module,
-    settings: Mapping[str, Any] | None = None,
+    settings: object = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -41,7 +40,10 @@ def accelerate(
 
     model     the authors' `nn.Module`, recognised by its parameters and attributes
     settings  what those cannot tell, under the authors' own names (for example DreamRec's timesteps, beta_sche and w);
-              missing ones are named. `{"method": "tarec"}` tells TA-Rec from DreamRec, whose parameters are the same
-    The weights are shared where device and dtype allow, and read as they are now; call again after further training.
+              missing ones are named. A mapping, or an object with such attributes: the `Namespace` of their parser,
+              DreamRec's `diffusion` object. `{"method": "tarec"}` tells TA-Rec from DreamRec, whose parameters are the
+              same; `{"batch_coupling": "none"}` answers each user of a CDDRec alone
+    A snapshot: the weights are copied, later training of the model does not reach the engine; call accelerate again.
+    Raises `CheckpointError` naming the settings that are missing, or that contradict the model.
     """
-    return Engine.from_checkpoint(from_module(model, dict(settings or {})), device, dtype, backend)
+    return Engine.from_checkpoint(from_module(model, settings), device, dtype, backend)

@@ -22,6 +22,7 @@ from fastdiff.models import model_class
 Weights = dict[str, Tensor]
 
 PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NESTED_UNDER = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts put the state dict when they save more than that."""
 
@@ -64,7 +65,7 @@ def read_weights(path: str | Path) -> Weights:
     """The state dict in a .safetensors file, or in a .pth or .pt file (bare, or under "state_dict" or "model").
 
     Prefixes that DataParallel, DistributedDataParallel and torch.compile put before names are taken off. Raises
-    CheckpointError for a missing, truncated or foreign file, and for pickled objects.
+    CheckpointError for a missing, truncated or foreign file, for pickled objects, and for tensors that are sparse.
     """
     path = Path(path)
     where = str(path)
@@ -73,7 +74,7 @@ def read_weights(path: str | Path) -> Weights:
         raise CheckpointError(f"{where}: {kind}; give the file that holds the trained weights")
     if path.suffix == ".safetensors":
         try:
-            return plain_names(load_file(path))
+            return plain_names(load_file(path))  # dense tensors are all that it can hold
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{where}: cannot be read as safetensors ({error}); the file is truncated or of another format: copy "
@@ -82,7 +83,9 @@ def read_weights(path: str | Path) -> Weights:
     if path.suffix not in PICKLED_SUFFIXES:
         accepted = ", ".join((".safetensors", *PICKLED_SUFFIXES))
         raise CheckpointError(f"{where}: unknown kind of file (got {path.suffix or 'no suffix'}); accepted: {accepted}")
-    return plain_names(_state_dict_in(_load_pickled(path), where))
+    weights = plain_names(_state_dict_in(_load_pickled(path), where))
+    check_storage(weights, where)
+    return weights
 
 
 def _load_pickled(path: Path) -> Any:
@@ -129,11 +132,26 @@ def plain_names(weights: Mapping[str, Tensor]) -> Weights:
     return plain
 
 
+def check_storage(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise for tensors whose numbers are not there (meta device) or not one beside the other (sparse, nested)."""
+    empty = [name for name, weight in weights.items() if weight.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{where}: parameters without numbers, on the meta device: {_some(empty)}; load the trained weights first "
+            "(model.to_empty(device='cpu'), then load_state_dict)"
+        )
+    scattered = [f"{name} ({w.layout})" for name, w in weights.items() if w.layout != torch.strided or w.is_nested]
+    if scattered:
+        raise CheckpointError(
+            f"{where}: parameters must be dense tensors (got {_some(scattered)}); save them after .to_dense()"
+        )
+
+
 def check_weights(config: ModelConfig, weights: Mapping[str, Tensor], where: str) -> Weights:
     """Exactly the parameters that `config` asks for, in its order; unused ones that the authors save are dropped.
 
     Raises CheckpointError naming every missing, unexpected or misshapen parameter, and every one that holds NaN or
-    infinity or is not floating.
+    infinity or is of another dtype than `DTYPES`.
     """
     kind = model_class(config.method)
     shapes = kind.weight_shapes(config)
@@ -155,9 +173,12 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor], where: str
             f"{where}: the weights are not those of the {config.method} that the settings describe; "
             f"{'; '.join(problems)}"
         )
-    foreign = [f"{name} ({weight.dtype})" for name, weight in used.items() if not weight.is_floating_point()]
+    foreign = [f"{name} ({weight.dtype})" for name, weight in used.items() if weight.dtype not in DTYPES]
     if foreign:
-        raise CheckpointError(f"{where}: parameters must be floating (got {', '.join(foreign)})")
+        raise CheckpointError(
+            f"{where}: parameters must be float32, float64, bfloat16 or float16 (got {', '.join(foreign)}); convert "
+            "them with .float(), quantised ones with their scales"
+        )
     broken = [name for name, weight in used.items() if not bool(torch.isfinite(weight).all())]
     if broken:
         raise CheckpointError(

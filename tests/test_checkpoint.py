@@ -248,6 +248,31 @@ def test_every_form_of_a_settings_file_says_the_same(case: Callable[[str], Case]
     assert source.convert(settings_file=path).config == source.config
 
 
+@pytest.mark.parametrize("width", [1, 3, 100])
+def test_a_namespace_may_be_broken_over_lines(case: Callable[[str], Case], width: int) -> None:
+    source = case("adrec")
+    stated = source.settings | {"description": "a :-) (strange", "quote": 'it\'s "so"', "metric_ks": [5, (10, {1: 2})]}
+    parts = [f"{name}={value!r}" for name, value in stated.items()]
+    lines = [", ".join(parts[at : at + width]) for at in range(0, len(parts), width)]
+    text = "[12:01] args: Namespace(\n    " + ",\n    ".join(lines) + "\n)\nloss (mean): 0.3, it's late\n"
+    path = source.folder / "run.log"
+    path.write_text(text)
+    assert source.convert(settings_file=path).config == source.config
+
+
+@pytest.mark.parametrize("coupling", ["published", "none"])
+def test_batch_coupling_is_a_setting_of_cddrec(
+    case: Callable[[str], Case], caplog: pytest.LogCaptureFixture, coupling: str
+) -> None:
+    source = case("cddrec")
+    source.settings["batch_coupling"] = coupling
+    module, _ = live("cddrec")
+    with caplog.at_level(logging.WARNING):
+        configs = [source.convert().config, from_module(module, {"batch_coupling": coupling}).config]
+    assert configs == [replace(source.config, batch_coupling=coupling)] * 2
+    assert not caplog.records
+
+
 def test_numbers_may_be_texts(case: Callable[[str], Case]) -> None:
     """YAML 1.1 reads 1e-4 as text; JSON from other tools may hold 20.0 for 20."""
     source = case("cddrec")
@@ -351,6 +376,8 @@ def test_the_ends_of_a_linear_schedule_are_asked_for(case: Callable[[str], Case]
         ("cddrec", {"num_hidden_layers": 1}, "num_hidden_layers is 1 in the settings and 3 in the weights"),
         ("cddrec", {"item_size": 21}, "item_size is 21 in the settings and 23 in the weights"),
         ("cddrec", {"hidden_act": "swish"}, r"hidden_act must be one of gelu, relu \(got 'swish'\)"),
+        ("cddrec", {"batch_coupling": False}, r"batch_coupling must be one of published, none \(got False\)"),
+        ("adrec", {"diffusion_steps": 10**12}, r"num_train_timesteps must be at most 1000000 \(got 1000000000000\)"),
         ("cddrec", {"num_attention_heads": 5}, "hidden_size must be a multiple of n_heads"),
         ("dimerec", {"n_interests": 4}, "n_interests is 4 in the settings and 3 in the weights"),
         ("dimerec", {"mlp_widths": [12]}, r"mlp_widths is \[12\] in the settings and \[12, 5\] in the weights"),
@@ -387,6 +414,11 @@ def test_everything_wrong_with_the_settings_is_said_at_once(case: Callable[[str]
         ("notes.txt", "T=20", r"holds no Namespace\(...\); accepted are .yaml and .json files"),
         ("odd.txt", "Namespace(f=<function f at 0x7f>, T=2)", r"cannot be parsed \(got 'Namespace\(f=<function"),
         ("open.txt", "Namespace(T=2", "cannot be parsed"),
+        ("closed.txt", "Namespace)", r"holds no Namespace\(...\)"),
+        ("deep.txt", f"Namespace(T={'(' * 3000}2{')' * 3000})", "cannot be parsed"),
+        ("deep.json", "[" * 100_000, r"cannot be read as JSON \(maximum recursion depth exceeded"),
+        ("deep.yaml", "[" * 5000, r"cannot be read as YAML \("),
+        ("long.json", f'{{"T": {"1" * 5000}}}', r"cannot be read as JSON \(Exceeds the limit"),
         ("latin.txt", b"\xff\xfe\x00", "cannot be read as text"),
     ],
 )
@@ -446,10 +478,38 @@ def test_weights_that_are_not_finite_are_named(case: Callable[[str], Case], valu
     source.refused("NaN or infinity in decoder.linear1.bias; the training diverged")
 
 
-def test_weights_must_be_floating(case: Callable[[str], Case]) -> None:
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_must_be_floating_and_not_quantised(case: Callable[[str], Case], dtype: torch.dtype) -> None:
     source = case("cddrec")
-    source.weights["LayerNorm.bias"] = torch.zeros(8, dtype=torch.int64)
-    source.refused(r"parameters must be floating \(got LayerNorm.bias \(torch.int64\)\)")
+    source.weights["LayerNorm.bias"] = torch.zeros(8).to(dtype)
+    source.refused(
+        r"parameters must be float32, float64, bfloat16 or float16 \(got LayerNorm.bias "
+        rf"\({dtype}\)\); convert them with .float\(\)"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_every_other_floating_dtype_convert(case: Callable[[str], Case], dtype: torch.dtype) -> None:
+    source = case("dimerec")
+    source.weights = {name: weight.to(dtype) for name, weight in source.weights.items()}
+    source.convert()
+    assert_same_weights(read_folder(source.folder / "out").weights, source.weights)
+
+
+def test_weights_must_be_dense_and_there(case: Callable[[str], Case]) -> None:
+    source = case("cddrec")
+    path = source.folder / "model.pth"
+    table = source.weights["item_embeddings.weight"]
+    for weight, message in (
+        (table.to_sparse(), r"parameters must be dense tensors \(got item_embeddings.weight \(torch.sparse_coo\)\)"),
+        (
+            table.to_sparse_csr(),
+            r"must be dense tensors \(got item_embeddings.weight \(torch.sparse_csr\)\); save them",
+        ),
+        (table.to("meta"), "without numbers, on the meta device: item_embeddings.weight; load the trained weights"),
+    ):
+        torch.save(source.weights | {"item_embeddings.weight": weight}, path)
+        source.refused(f"model.pth: .*{message}", weights_file=path)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -551,6 +611,13 @@ def test_files_without_a_state_dict(case: Callable[[str], Case], content: Any, m
     source.refused(f"model.pth: {message}", weights_file=path)
 
 
+@pytest.mark.parametrize("name", ["weights_file", "settings_file", "output", "item_ids_file"])
+def test_what_is_no_path(case: Callable[[str], Case], name: str) -> None:
+    for value in (5, b"folder", *([] if name == "item_ids_file" else [None])):
+        with pytest.raises(InvalidArgument, match=rf"^convert: {name} must be a path, a str or a pathlib.Path \(got "):
+            case("cddrec").convert(**{name: value})
+
+
 def test_weight_files_that_are_none(case: Callable[[str], Case]) -> None:
     source = case("cddrec")
     source.refused("absent.pth: does not exist; give the file that holds", weights_file=source.folder / "absent.pth")
@@ -568,7 +635,9 @@ def test_weight_files_that_are_none(case: Callable[[str], Case]) -> None:
     [
         ("ids.json", json.dumps([f"item-{i}" for i in range(21)]), [f"item-{i}" for i in range(21)]),
         ("ids.json", json.dumps(list(range(100, 121))), list(range(100, 121))),
-        ("ids.txt", "\n".join(str(i) for i in range(-3, 18)), list(range(-3, 18))),
+        ("ids.txt", "\n".join(str(i) for i in range(-23, -2)), list(range(-23, -2))),
+        ("ids.txt", "\n".join(str(i - (1 << 63)) for i in range(21)), [i - (1 << 63) for i in range(21)]),
+        ("ids.txt", "-0\n" + "\n".join(str(i) for i in range(20)), ["-0", *map(str, range(20))]),
         ("ids.txt", "".join(f"B00{i:02}\n" for i in range(21)), [f"B00{i:02}" for i in range(21)]),
         ("ids.txt", "".join(f"{i:03}\n" for i in range(21)), [f"{i:03}" for i in range(21)]),
     ],
@@ -586,11 +655,20 @@ def test_item_ids_come_along(case: Callable[[str], Case], file_name: str, text: 
     [
         ("ids.json", json.dumps(list(range(23))), r"one id per real item, in row order, 21 of them \(got 23\)"),
         ("ids.json", json.dumps({"a": 1}), r"must be a list of item ids \(got dict\)"),
-        ("ids.json", json.dumps([1.5] * 21), r"ids must be ints or non-empty strings \(got 1.5 at position 0\)"),
-        ("ids.json", json.dumps([1, "a", *range(19)]), r"all ints or all strings \(got 1 and, at position 1, 'a'\)"),
-        ("ids.json", json.dumps([*range(20), 7]), "the id 7 stands at positions 7 and 20"),
+        ("ids.json", json.dumps([1.5] * 21), r"all integers or all strings \(got 1.5 of type float at index 0\)"),
+        ("ids.json", json.dumps([1, "a", *range(19)]), r"all integers or all strings \(got 'a' .* at index 1\)"),
+        ("ids.json", json.dumps([True] * 21), r"all integers or all strings \(got True of type bool at index 0\)"),
+        ("ids.json", json.dumps([[1]] * 21), r"all integers or all strings \(got \[1\] of type list at index 0\)"),
+        ("ids.json", json.dumps([*range(20), 7]), r"\[20\]: item id 7 is already at index 7"),
+        ("ids.json", json.dumps([*range(20), -1]), r"\[20\]: -1 cannot be an item id"),
+        ("ids.json", json.dumps([*range(20), 1 << 63]), r"\[20\]: integers must have 64 bits"),
+        ("ids.json", f"[{'1' * 5000}]", "cannot be read as JSON"),
+        ("ids.json", "[" * 100_000, r"cannot be read as JSON \(maximum recursion depth exceeded"),
         ("ids.json", "[1, 2", "cannot be read as JSON"),
-        ("ids.txt", "a\n\nb\n", r"non-empty strings \(got '' at position 1\)"),
+        ("ids.txt", "\n".join(str(i) for i in range(-2, 19)), r"\[1\]: -1 cannot be an item id"),
+        ("ids.txt", "\n".join(str(i + (1 << 63) - 3) for i in range(21)), r"\[3\]: integers must have 64 bits"),
+        ("ids.txt", f"7\n{'1' * 5000}\n8", r"\[1\]: integers must have 64 bits \(got '1+\.\.\.\); use strings"),
+        ("ids.txt", "a\n\nb\n", r"\[1\]: an id must not be empty"),
         ("ids.txt", None, "does not exist; give the file with the external ids of the items"),
     ],
 )
@@ -599,7 +677,7 @@ def test_bad_item_ids(case: Callable[[str], Case], file_name: str, text: str | N
     path = source.folder / file_name
     if text is not None:
         path.write_text(text)
-    source.refused(f"{file_name}: .*{message}", item_ids_file=path)
+    source.refused(f"{file_name}.*{message}", item_ids_file=path)
 
 
 # --- native folders ---------------------------------------------------------------------------------------------------
@@ -692,6 +770,11 @@ def test_views_and_shared_storage_can_be_written(tmp_path: Path, checkpoint: Che
         ({"config.json": "[]"}, r"config.json: must hold a JSON object \(got list\)"),
         ({"config.json": '{"method": "x"}'}, "unknown method 'x'"),
         ({"generation_config.json": '{"top_k": 0}'}, r"generation_config.json: .*top_k must be an int of at least 1"),
+        ({"config.json": "[" * 100_000}, r"config.json: cannot be read as JSON \(maximum recursion depth"),
+        (
+            {"config.json": '{"method": "cddrec", "schedule": {"num_train_timesteps": 1000000000000}}'},
+            "config.json: schedule: .*num_train_timesteps must be at most 1000000 ",
+        ),
         ({"model.safetensors": "cut"}, "model.safetensors: cannot be read as safetensors"),
         (
             {"item_ids.json": "[1]"},
@@ -754,7 +837,8 @@ def test_a_live_model_is_recognised_with_its_settings(name: str) -> None:
     assert checkpoint.generation_config == default_generation_config(config, guidance_scale)
     state = module.state_dict()
     for key, weight in checkpoint.weights.items():
-        assert weight.data_ptr() == state[key].data_ptr(), f"{key} was copied"
+        assert torch.equal(weight, state[key])
+        assert weight.data_ptr() != state[key].data_ptr(), f"{key} is shared with the model"
         assert not weight.requires_grad
 
 
