@@ -143,6 +143,53 @@ def test_targets_that_filtering_makes_unreachable_are_counted() -> None:
     assert line not in evaluate(engine, rows, "published", show_progress=False).policy
 
 
+def test_targets_that_are_no_items() -> None:
+    for ranking in ("published", "clean"):
+        for ids, target in ((None, 99), (None, "1"), (None, True), (None, 1 << 70), ([f"i{j}" for j in range(50)], 3)):
+            engine = small_engine("adrec", item_ids=ids)
+            rows = [Instance("a", [], engine.catalog.item_ids[0], "f:1"), Instance("b", [], target, "f:2")]
+            with pytest.raises(
+                DataError, match=rf"^f:2: the target {target!r} is not in the catalogue, which has .*50"
+            ):
+                evaluate(engine, rows, ranking, show_progress=False)
+    engine = small_engine("adrec")
+    engine.catalog = engine.catalog.remove([7])
+    with pytest.raises(DataError, match="the target 7 is not in the catalogue"):
+        evaluate(engine, [Instance("a", [], 7, "f:1")], "clean", show_progress=False)
+
+
+def test_special_rows_as_targets() -> None:
+    """The published ranking of CDDRec shows rows 0 and 51 by their number; no other ranking shows them."""
+    engine = small_engine("cddrec")
+    rows = [Instance("a", [1], 0, "f:1"), Instance("b", [2], 51, "f:2"), Instance("c", [3], 4, "f:3")]
+    result = evaluate(engine, rows, top_ks=(52,), show_progress=False)
+    assert result.metrics["HR@52"] == 1.0
+    assert not any("no candidates" in line for line in result.policy)
+    with pytest.raises(DataError, match=r"^f:2: the target 51 is not in the catalogue, which has ids 1\.\.50;"):
+        evaluate(engine, rows, "clean", show_progress=False)
+    result = evaluate(engine, [rows[0], rows[2]], "clean", top_ks=(52,), show_progress=False)
+    assert result.metrics["HR@52"] == 0.5
+    assert "targets that are no candidates (the pad id, 0), and so can never be hit: 1" in result.policy
+    engine = small_engine("cddrec", item_ids=list(range(100, 150)))
+    result = evaluate(engine, [Instance("a", [], 0, "f:1"), Instance("b", [], 100, "f:2")], show_progress=False)
+    assert (
+        "targets that are no candidates (rows without an id, added items), and so can never be hit: 1" in result.policy
+    )
+
+
+def test_targets_among_added_and_removed_items() -> None:
+    engine = small_engine("adrec")
+    engine.catalog = engine.catalog.add([51], torch.randn(1, 16)).remove([5])
+    rows = [Instance("a", [51], 51, "f:1"), Instance("b", [], 5, "f:2")]
+    result = evaluate(engine, rows, top_ks=(51,), show_progress=False)
+    assert result.metrics["HR@51"] == 0.5
+    assert (
+        "targets that are no candidates (rows without an id, added items), and so can never be hit: 1" in result.policy
+    )
+    result = evaluate(engine, [Instance("a", [], 51, "f:1")], "clean", top_ks=(51,), show_progress=False)
+    assert result.metrics["HR@51"] == 1.0
+
+
 def test_skipped_users_and_a_limit() -> None:
     rows = [UserSequence(str(i), [1 + i] * (1 + i % 3), f"f:{i}") for i in range(9)]
     engine = small_engine("tarec")
@@ -176,6 +223,19 @@ def test_what_cannot_be_evaluated() -> None:
     for arguments in ({"batch_size": 0}, {"batch_size": 2.0}, {"limit": 0}, {"limit": True}):
         with pytest.raises(InvalidArgument, match=f"{next(iter(arguments))} must be an int of at least 1"):
             evaluate(engine, instances(2), show_progress=False, **arguments)
+    for top_ks in (5, None, "5", {5}, (), (0,), (True,)):
+        with pytest.raises(InvalidArgument, match=r"top_ks must be .*ints of at least 1"):
+            evaluate(engine, instances(2), top_ks=top_ks, show_progress=False)  # type: ignore[arg-type]
+    for name, message in (
+        ("top_k", "it is the largest of top_ks"),
+        ("request_ids", "they are the users' numbers"),
+        ("histories", "they are read from the instances"),
+        ("noise", "it holds one entry per user of one batch; give a seed"),
+        ("user_exclude_items", "give exclude_items"),
+        ("user_candidate_items", "give candidate_items"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^evaluate: {name} cannot be given: .*{message}"):
+            evaluate(engine, instances(2), show_progress=False, **{name: [1]})
     with pytest.raises(InvalidArgument, match="excludes filter_seen"):
         evaluate(engine, instances(2), "published", filter_seen=True, show_progress=False)
 
