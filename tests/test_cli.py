@@ -684,8 +684,8 @@ def test_env_for_people(run: Run) -> None:
 def test_env_with_and_without_the_cpp_part(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[[str], Any] = lambda name: None  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", find)
-    said = "C++ part   not available: it was not built; install fastdiff where there is a C++ compiler, with `pip install .`\n"
-    assert said in run("env")[1]
+    missing = "it was not built; install fastdiff where there is a C++ compiler, with `pip install .`"
+    assert f"C++ part   not available: {missing}\n" in run("env")[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "fastdiff._C", None)
     monkeypatch.delattr(fastdiff, "_C", raising=False)
