@@ -43,7 +43,7 @@ test: $(READY)
 	@$(PY) -m pytest $(ARGS)
 
 bench: $(READY)
-	@$(PY) -m bench
+	@$(PY) -m bench $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .

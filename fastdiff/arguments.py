@@ -1,4 +1,4 @@
-"""Arguments of the engine and of `generate()`: what they resolve to, which exclude each other, what bad ones are told."""
+"""Arguments of the engine and of `generate()`: what they resolve to, what excludes what, what is said of bad ones."""
 
 from __future__ import annotations
 
