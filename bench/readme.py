@@ -1,7 +1,6 @@
-"""The measured tables of the README, written between its marks: figures there are generated, never typed.
+"""The measured table of the README, written between its marks: figures there are generated, never typed.
 
 <!-- bench:headline --> a few cases, with their conditions <!-- /bench:headline -->
-<!-- bench:table -->    every case                          <!-- /bench:table -->
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from bench import machine
 from bench.harness import Row, seconds
-from bench.report import FOOTNOTE, NOISY, Comparison, case_name, comparisons, headline_table, label, ratio, table
+from bench.report import FOOTNOTE, NOISY, Comparison, case_name, comparisons, label, ratio, table
 
 HEADLINE = (
     ("adrec", {"lengths": "full", "batch": 1}),
@@ -25,19 +24,15 @@ HEADLINE = (
 
 
 def fill(path: Path, rows: Sequence[Row]) -> None:
-    """Rewrite what stands between the marks of `path`; raises ValueError where a mark is missing."""
+    """Rewrite what stands between the marks of `path`; raises ValueError where they are missing."""
     where = machine.describe(max(rows, key=lambda row: row["date"])["machine"])
-    group = comparisons(rows)[where]
-    shown = [row for one in group for row in one.rows]
-    parts = {"headline": _headline(group, where), "table": f"{headline_table(shown)}\n\n{where}. {FOOTNOTE}"}
-    text = path.read_text(encoding="utf-8")
-    for name, content in parts.items():
-        marks = rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)"
-        text, found = re.subn(
-            marks, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL
-        )
-        if found != 1:
-            raise ValueError(f"{path}: holds {found} pairs of marks <!-- bench:{name} -->; one is needed")
+    content = _headline(comparisons(rows)[where], where)
+    marks = r"(<!-- bench:headline -->\n).*?(<!-- /bench:headline -->)"
+    text, found = re.subn(
+        marks, lambda match: f"{match[1]}{content}\n{match[2]}", path.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    if found != 1:
+        raise ValueError(f"{path}: holds {found} pairs of marks <!-- bench:headline -->; one is needed")
     path.write_text(text, encoding="utf-8")
 
 
