@@ -29,7 +29,7 @@ SCAN_DTYPES = (torch.float32, torch.bfloat16)
 
 LARGEST = 2.0**126
 """Scanned scores below this cannot overflow float32 on the way."""
-AT_ONCE = 1 << 17
+AT_ONCE = 1 << 19
 """Up to this many scores, and numbers that the definition then sums, one top-k over all scores beats blocks."""
 _LOWEST = torch.finfo(torch.float32).min
 
