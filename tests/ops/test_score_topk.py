@@ -398,6 +398,7 @@ def test_few_rows_are_scored_by_the_definition(monkeypatch: pytest.MonkeyPatch) 
     """On ordinary vectors the scan leaves hardly more than k rows, and no user to the slow path."""
     query, item_emb = gaussian(8, 50_000, 32)
     scored: list[int] = []
+    monkeypatch.setattr(topk_scan, "AT_ONCE", -1)
     real = module.pair_scores
 
     def counting(query: Tensor, item_emb: Tensor, users: Tensor, rows: Tensor) -> Tensor:
