@@ -37,6 +37,7 @@ from fastdiff import plan as plans
 from fastdiff.config import CDDRecConfig
 from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories, Model, OnStep, Weights
+from fastdiff.models.layers import merge_heads, split_heads
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
 from fastdiff.plan import StepPlan
@@ -130,7 +131,7 @@ class CDDRec(Model[Tensor, CDDRecState]):
         # a slot that may attend to nothing is never read by one that counts; only NaN must be kept out of its row
         allowed = allowed | ~allowed.any(dim=-1, keepdim=True)
         q, k, v = self._project(i, x)
-        context = _merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None]))
+        context = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None]))
         return self._finish_layer(i, x, context)
 
     def _last_layer(self, i: int, x: Tensor, query: Tensor, is_key: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ class CDDRec(Model[Tensor, CDDRecState]):
     def _project(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of layer i, [.., H, n, d] each, for x [.., n, D]."""
         name, heads = f"conditional_encoder.layer.{i}.attention", self.config.n_heads
-        q, k, v = (_split_heads(self._linear(f"{name}.{part}", x), heads) for part in ("query", "key", "value"))
+        q, k, v = (split_heads(self._linear(f"{name}.{part}", x), heads) for part in ("query", "key", "value"))
         return q, k, v
 
     def _finish_layer(self, i: int, x: Tensor, context: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ class CDDRec(Model[Tensor, CDDRecState]):
         for i in range(self.config.n_layers):
             q, k, v = self._project(i, x)
             scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(q.shape[-1]) + PUBLISHED_MASK
-            x = self._finish_layer(i, x, _merge_heads(torch.matmul(torch.softmax(scores, dim=-1), v)))
+            x = self._finish_layer(i, x, merge_heads(torch.matmul(torch.softmax(scores, dim=-1), v)))
         return x[-1:].to(self.dtype)
 
     # --- prepare, denoise, sample -------------------------------------------------------------------------------------
@@ -194,8 +195,8 @@ class CDDRec(Model[Tensor, CDDRecState]):
         """Every user attends to all users of the batch: x [B, D]."""
         name, heads = "decoder.self_attn", self.config.n_heads
         packed = F.linear(x, self.weights[f"{name}.in_proj_weight"], self.weights[f"{name}.in_proj_bias"])
-        q, k, v = (_split_heads(part.unsqueeze(0), heads) for part in packed.chunk(3, dim=-1))
-        return self._linear(f"{name}.out_proj", _merge_heads(F.scaled_dot_product_attention(q, k, v)).squeeze(0))
+        q, k, v = (split_heads(part.unsqueeze(0), heads) for part in packed.chunk(3, dim=-1))
+        return self._linear(f"{name}.out_proj", merge_heads(F.scaled_dot_product_attention(q, k, v)).squeeze(0))
 
     def _attend_alone(self, x: Tensor) -> Tensor:
         return self._constant_attention("decoder.self_attn", x)
@@ -244,13 +245,3 @@ class CDDRec(Model[Tensor, CDDRecState]):
     def _norm(self, name: str, x: Tensor, eps: float) -> Tensor:
         weight, bias = self.weights[f"{name}.weight"].to(x.dtype), self.weights[f"{name}.bias"].to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """[.., n, D] -> [.., H, n, D / H]"""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-2, -3)
-
-
-def _merge_heads(x: Tensor) -> Tensor:
-    """[.., H, n, d] -> [.., n, H d]"""
-    return x.transpose(-2, -3).flatten(-2)

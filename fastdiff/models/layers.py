@@ -92,13 +92,13 @@ class RaggedRows:
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
-    """[B, n, D] -> [B, H, n, D / H], a view."""
-    return x.view(*x.shape[:-1], n_heads, x.shape[-1] // n_heads).transpose(1, 2)
+    """[.., n, D] -> [.., H, n, D / H], a view where strides allow."""
+    return x.reshape(*x.shape[:-1], n_heads, x.shape[-1] // n_heads).transpose(-2, -3)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, n, D / H] -> [B, n, D], contiguous."""
-    return x.transpose(1, 2).flatten(2)
+    """[.., H, n, D / H] -> [.., n, D], contiguous."""
+    return x.transpose(-2, -3).flatten(-2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
