@@ -43,7 +43,7 @@ def _headline(group: Sequence[Comparison], where: str) -> str:
             if (one.first["case"], one.first["params"]) == (name, params):
                 settings[name] = f"{name}: {one.first['setting']}"
                 lines += [_line(one, provider) for provider in one.our_providers]
-    text = table(["case", "fastdiff", "", "best other", "", "times faster"], lines)
+    text = table(["case", "fastdiff", "time", "best other", "time", "times faster"], lines)
     caption = [f"{where}; medians, per call. {'; '.join(settings.values())}."]
     if any("closed-form" in cell for line in lines for cell in line):
         caption.append("The closed form is equal in law, not draw for draw.")

@@ -9,6 +9,7 @@ Importing this package compiles nothing and touches no device.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +40,29 @@ _HOMES = {
 }
 
 
+_MODULES = (
+    "catalog",
+    "checkpoint",
+    "config",
+    "data",
+    "errors",
+    "evaluate",
+    "metrics",
+    "models",
+    "ops",
+    "plan",
+    "schedule",
+)
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"fastdiff.{name}")
+    # with `obj`, Python goes on to say which name was perhaps meant
+    raise AttributeError(f"module 'fastdiff' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES, "__doc__", "__file__", "__name__", "__path__"})

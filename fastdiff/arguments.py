@@ -70,7 +70,7 @@ class SamplerRequest:
         if name == "one_step" and given:
             if self.scheduler is not None:
                 raise InvalidArgument(
-                    f"generate: scheduler='one_step' excludes {', '.join(given)}; use 'ddpm' or 'ddim'"
+                    f"generate: scheduler='one_step' excludes {', '.join(given)}; use another scheduler"
                 )
             name = "ddpm" if call_eta is None else "ddim"  # more steps asked of a model whose default is one
         if name == "ddpm" and call_eta is not None:
@@ -304,7 +304,7 @@ def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray
     try:
         rows: npt.NDArray[np.int64] = catalog.known(values)
     except CatalogError as error:
-        reason = str(error).partition(": ")[2]
+        reason = str(error).removeprefix("ItemCatalog.known: ids").lstrip(": ")
         raise InvalidArgument(f"generate: {name} must be a flat list of item ids: {reason}") from error
     if (rows < 0).any():
         unknown = np.asarray(values, dtype=object).tolist()[int(np.flatnonzero(rows < 0)[0])]
@@ -364,10 +364,20 @@ def _exclude(name: str, others: Mapping[str, object], why: str) -> None:
         raise InvalidArgument(f"generate: {name} excludes {', '.join(clash)}: {why}; leave one of them out")
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(("device", "dtype", "backend"), "it belongs to from_pretrained and accelerate"),
+    "batch_size": "it belongs to generate_batches",
+    **dict.fromkeys(("num_steps", "steps"), "did you mean 'num_inference_steps'?"),
+    **dict.fromkeys(("k", "n"), "did you mean 'top_k'?"),
+}
+"""What people write who look for something else."""
+
+
 def refuse_unknown(unknown: dict[str, Any], accepted: Sequence[str]) -> None:
     """Raise a TypeError that names each unknown argument and the accepted one that it looks like."""
     parts = []
     for name in unknown:
         close = difflib.get_close_matches(name, accepted, n=1)
-        parts.append(repr(name) + (f" (did you mean {close[0]!r}?)" if close else ""))
+        hint = _ELSEWHERE.get(name) or (f"did you mean {close[0]!r}?" if close else "")
+        parts.append(repr(name) + (f" ({hint})" if hint else ""))
     raise TypeError(f"generate: unknown argument {', '.join(parts)}; accepted: {', '.join(accepted)}")

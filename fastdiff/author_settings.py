@@ -68,13 +68,8 @@ def _parse_json(text: str, path: Path) -> Any:
 
 
 def _parse_yaml(text: str, path: Path) -> Any:
-    try:
-        import yaml  # only this kind of file needs it
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: reading YAML needs the package pyyaml, which is not installed; run `pip install pyyaml`, or give "
-            "the settings as .json"
-        ) from error
+    import yaml  # only this kind of file needs it
+
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

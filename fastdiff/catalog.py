@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -428,7 +429,9 @@ def _check_k(k: int) -> None:
         raise InvalidArgument(f"ItemCatalog.topk: k must be an integer of at least 1 (got {k!r})")
 
 
-def _vectors(vectors: Tensor, dim: int | None, where: str) -> Tensor:
+def _vectors(vectors: Tensor | npt.NDArray[Any], dim: int | None, where: str) -> Tensor:
+    if isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f":
+        vectors = torch.from_numpy(vectors)
     if not isinstance(vectors, Tensor) or vectors.ndim != 2 or not vectors.is_floating_point():
         raise InvalidArgument(f"{where}: must be a floating tensor [n, D] (got {describe(vectors)})")
     if vectors.shape[1] == 0 or dim not in (None, vectors.shape[1]):

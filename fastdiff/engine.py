@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -61,7 +61,7 @@ class GenerateOutput:
     num_valid: Tensor
     embeddings: Tensor | None
     seed: int | None
-    _stopwatch: Stopwatch
+    _stopwatch: Stopwatch = field(repr=False)
 
     @property
     def timings(self) -> dict[str, float]:
@@ -110,7 +110,7 @@ class Engine:
         cls,
         checkpoint: Checkpoint,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         backend: str = "auto",
     ) -> Engine:
         """An engine for a checkpoint in memory.
@@ -119,9 +119,10 @@ class Engine:
         dtype   of the model's arithmetic; None is float32. The catalogue keeps the table as it was stored, so ranking
                 stays exact under any dtype
         """
-        dtype = torch.float32 if dtype is None else dtype
+        names = {str(known).removeprefix("torch."): known for known in DTYPES}
+        dtype = names.get(dtype, dtype) if isinstance(dtype, str) else dtype or torch.float32
         if dtype not in DTYPES:
-            raise InvalidArgument(f"dtype: must be one of {', '.join(map(str, DTYPES))} (got {dtype})")
+            raise InvalidArgument(f"dtype: must be one of {', '.join(map(str, DTYPES))} or its name (got {dtype!r})")
         place = check_device(device, next(iter(checkpoint.weights.values())).device)
         kind = model_class(checkpoint.config.method)
         bound = {op.name: op.bind(backend, place) for op in kind.ops}
@@ -363,7 +364,7 @@ class Engine:
         if affine is None:
             raise InvalidArgument(
                 f"generate: scheduler='closed_form' needs a linear denoiser, and this {self.config.method} model's is "
-                "not linear; use 'ddpm' or 'ddim'"
+                "not linear; use another scheduler"
             )
         key = (plan.timesteps.numpy().tobytes(), plan.coef.numpy().tobytes())
         with self._lock:

@@ -43,9 +43,8 @@ def parse_histories(histories: ArrayLike, catalog: ItemCatalog, config: ModelCon
     """Check, map and pack `histories`; raises `InvalidHistory` naming the history and the id that is wrong."""
     ids, lengths, padded = _flatten(histories)
     user = np.repeat(np.arange(len(lengths)), lengths)
-    rows, is_pad = _to_rows(ids, user, catalog, config, padded)
-    if padded or not config.pad_inside:
-        rows, user = _strip_padding(ids, rows, user, is_pad, len(lengths), config)
+    rows, is_pad = _to_rows(ids, user, catalog, config)
+    rows, user = _strip_padding(ids, rows, user, is_pad, len(lengths), config, padded)
     lengths = np.bincount(user, minlength=len(lengths))
     ends = np.cumsum(lengths)
 
@@ -140,7 +139,7 @@ def _check_dtype(values: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
 
 
 def _to_rows(
-    ids: npt.NDArray[Any], user: IntArray, catalog: ItemCatalog, config: ModelConfig, padded: bool
+    ids: npt.NDArray[Any], user: IntArray, catalog: ItemCatalog, config: ModelConfig
 ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
     """Rows of the item table (the pad row at pads), and where the pads are."""
     rows = catalog.known(ids)
@@ -149,12 +148,19 @@ def _to_rows(
         return rows, np.zeros(len(rows), dtype=np.bool_)
     is_pad = np.zeros(len(rows), dtype=np.bool_)
     if ids.dtype != object:
-        # the model's pad id marks padding unless the catalogue gave that number to an item; -1 does in padded arrays
-        is_pad = unknown & ((ids == config.pad_id) | ((ids == -1) & padded))
+        # -1 marks padding, and so does the model's pad id unless the catalogue gave that number to an item
+        is_pad = unknown & ((ids == config.pad_id) | (ids == -1))
     wrong = unknown & ~is_pad
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         unknown_id = ids[first : first + 1].tolist()[0]
+        integers = not catalog.item_ids or isinstance(catalog.item_ids[0], int)
+        if isinstance(unknown_id, str) == integers:
+            kinds = ("a string", "integers") if integers else ("an integer", "strings")
+            raise InvalidHistory(
+                f"generate: histories[{user[first]}] holds item id {unknown_id!r}, {kinds[0]}; the ids of this "
+                f"catalogue are {kinds[1]} ({catalog.describe_ids()}): convert them first"
+            )
         raise InvalidHistory(
             f"generate: histories[{user[first]}] holds item id {unknown_id!r}, "
             f"the catalogue has {catalog.describe_ids()}; add the item to the catalogue or leave it out"
@@ -169,6 +175,7 @@ def _strip_padding(
     is_pad: npt.NDArray[np.bool_],
     n_users: int,
     config: ModelConfig,
+    padded: bool,
 ) -> tuple[IntArray, IntArray]:
     """Drop the pads before the first and after the last item; pads between items are an error, or a masked slot."""
     if not is_pad.any():
@@ -185,8 +192,10 @@ def _strip_padding(
         )
     drop = is_pad
     if config.pad_inside:
-        # a pad id at an edge may be an item: it is one where -1 marks the padding, and behind a left-padded history
+        # a pad id at an edge may be an item: it is one in a list, where -1 marks the padding, and behind a left-padded
+        # history
         marked, left_padded = np.zeros((2, n_users), dtype=np.bool_)
+        marked |= not padded
         marked[user[ids == -1]] = True
         left_padded[user[before]] = True
         drop = np.where(marked[user], ids == -1, before | (after & ~left_padded[user]))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def from_pretrained(
     folder: str | Path,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> Engine:
     """Load a native folder (`config.json`, `generation_config.json`, `model.safetensors`), as `fastdiff convert` and
@@ -33,7 +33,7 @@ def accelerate(
     model: torch.nn.Module,
     settings: object = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str = "auto",
 ) -> Engine:
     """An engine for a live model of the authors' code: the drop-in for its slow `predict`.

@@ -539,7 +539,7 @@ NAN = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
             r"item_emb: must be a floating tensor \[n, D\] \(got \[3\] float32\)",
         ),
         (lambda: ItemCatalog(E3.long()), InvalidArgument, r"item_emb: must be a floating .* \(got \[3, 3\] int64\)"),
-        (lambda: ItemCatalog(E3.numpy()), InvalidArgument, r"item_emb: must be a floating .* \(got ndarray\)"),
+        (lambda: ItemCatalog(E3.long().numpy()), InvalidArgument, r"item_emb: must be a floating .* \(got ndarray\)"),
         (lambda: ItemCatalog(E3[:, :0]), InvalidArgument, r"vectors must have at least 1 number"),
         (lambda: ItemCatalog(NAN), InvalidArgument, r"item_emb\[1\]: holds NaN or infinity"),
         (lambda: ItemCatalog(1.0 / NAN[:, :1]), InvalidArgument, r"item_emb\[0\]: holds NaN or infinity"),

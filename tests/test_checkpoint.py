@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -443,14 +442,6 @@ def test_a_namespace_is_parsed_and_never_run(case: Callable[[str], Case], tmp_pa
     path.write_text(f"Namespace(T=open({str(trap)!r}, 'w'), beta_1=0.1)")
     source.refused("missing settings", settings_file=path)
     assert not trap.exists()
-
-
-def test_yaml_without_its_package(case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    source = case("cddrec")
-    path = source.folder / "config.yaml"
-    path.write_text("T: 3")
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    source.refused("needs the package pyyaml, which is not installed; run `pip install pyyaml`", settings_file=path)
 
 
 # --- bad weights ------------------------------------------------------------------------------------------------------

@@ -625,11 +625,11 @@ def test_convert_says_what_it_wrote(run: Run, authors_files: list[Any], tmp_path
     folder = tmp_path / "model"
     code, out, err = run(*authors_files, folder)
     assert (code, err) == (0, "")
-    assert out.startswith(f"{folder}: cddrec, 50 items, D = 16, window 8\n")
+    assert out.startswith(f"{folder}: cddrec, 50 items (ids 1..50, pad 0), D = 16, window 8\n")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         assert re.search(rf"^  {name} .*bytes$", out, re.MULTILINE)
     assert f"fastdiff evaluate {folder} sequences.txt" in out
-    assert run("generate", folder, "--history", "3 4")[0] == 0
+    assert run("generate", folder, "--history", "3 4", "--history", "3,4")[0] == 0
 
 
 def test_convert_with_item_ids(run: Run, authors_files: list[Any], tmp_path: Path) -> None:

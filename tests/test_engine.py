@@ -654,7 +654,8 @@ BAD_HISTORIES = [
     (torch.tensor([[1.0]], dtype=torch.bfloat16), r"histories has dtype bfloat16"),
     (torch.tensor([[1]]).to_sparse(), r"histories is a torch.sparse_coo tensor.*to_dense"),
     ([[np.int64(3), 2**70]], r"histories hold an id of more than 64 bits"),
-    ([["sku"]], r"histories\[0\] holds item id 'sku', the catalogue has ids 1\.\.50"),
+    ([["sku"]], r"histories\[0\] holds item id 'sku', a string; the ids of this catalogue are integers"),
+    ([[3, -1, 4]], r"histories\[0\] holds padding between its items"),
 ]
 
 
@@ -738,10 +739,34 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_arguments_are_named() -> None:
-    with pytest.raises(
-        TypeError, match=r"unknown argument 'topk' \(did you mean 'top_k'\?\); accepted: histories, top_k"
-    ):
-        small_engine("dreamrec").generate([[3]], topk=5)
+    engine = small_engine("dreamrec")
+    with pytest.raises(TypeError, match=r"unknown argument 'topk' \(did you mean 'top_k'\?\); accepted: histories"):
+        engine.generate([[3]], topk=5)
+    with pytest.raises(TypeError, match=r"'dtype' \(it belongs to from_pretrained and accelerate\)"):
+        engine.generate([[3]], dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"'num_steps' \(did you mean 'num_inference_steps'\?\)"):
+        engine.generate([[3]], num_steps=5)
+
+
+def test_lists_may_be_padded_too(engine: Any) -> None:
+    plain = engine.generate([[3, 17], []], seed=1)
+    padded = engine.generate([[3, 17, -1, -1], [-1]], seed=1)
+    assert torch.equal(plain.item_ids, padded.item_ids)
+
+
+def test_dtypes_by_name_and_a_short_repr() -> None:
+    source = small_engine("tarec")
+    checkpoint = fastdiff.checkpoint.Checkpoint(source.config, source.generation_config, source.model.weights)
+    engine = fastdiff.Engine.from_checkpoint(checkpoint, dtype="float64")
+    assert engine.model.dtype == torch.float64
+    assert "Stopwatch" not in repr(engine.generate([[3]], seed=1))
+
+
+def test_public_names_are_found() -> None:
+    assert {"from_pretrained", "accelerate", "Engine", "plan"} <= set(dir(fastdiff))
+    assert fastdiff.plan.StepPlan is StepPlan
+    with pytest.raises(AttributeError, match="has no attribute 'from_pretrainde'"):
+        getattr(fastdiff, "from_" + "pretrainde")
 
 
 def test_bad_devices_and_dtypes() -> None:

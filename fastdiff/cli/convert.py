@@ -48,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = convert(args.method, args.weights, args.settings, output, args.item_ids)
     config = checkpoint.config
-    print(f"{output}: {config.method}, {config.n_items} items, D = {config.hidden_size}, window {config.max_seq_len}")
+    first = config.first_item_row
+    ids = f"ids {first}..{first + config.n_items - 1}" if checkpoint.item_ids is None else "ids of your own"
+    print(
+        f"{output}: {config.method}, {config.n_items} items ({ids}, pad {config.pad_id}), D = {config.hidden_size}, "
+        f"window {config.max_seq_len}"
+    )
     for file in sorted(output.iterdir()):
         print(f"  {file.name:<24}{file.stat().st_size:>12,} bytes")
     print("Use it:")

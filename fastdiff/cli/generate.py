@@ -227,7 +227,9 @@ def _sequences(args: argparse.Namespace, id_type: IdType) -> Iterable[UserSequen
         for note in file.notes:
             _say(note)
         return file
-    named = ((f"--history {position}", text) for position, text in enumerate(args.history, start=1))
+    # commas part integers too, as in --exclude-items
+    texts = [text.replace(",", " ") for text in args.history] if id_type is int else args.history
+    named = ((f"--history {position}", text) for position, text in enumerate(texts, start=1))
     return [UserSequence(where.split()[1], parse_items(text, id_type, where), where) for where, text in named]
 
 
