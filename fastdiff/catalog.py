@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastdiff import catalog_files
 from fastdiff.arithmetic import in_plain_arithmetic
+from fastdiff.config import AGGREGATIONS
 from fastdiff.errors import CatalogError, InvalidArgument
 from fastdiff.item_ids import (
     IdArray,
@@ -44,8 +45,6 @@ from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.score_topk import SCAN_DTYPES, UserLists, merge_topk, score_topk
 from fastdiff.ops.topk_definition import sum_in_order
 from fastdiff.ops.user_lists import describe, dtype_name
-
-AGGREGATIONS = ("max", "mean")
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,11 @@ class ItemCatalog:
         """Whether external ids are the row numbers."""
         return self._ids.kind == "row"
 
+    @property
+    def id_type(self) -> type[int] | type[str]:
+        """What external ids are."""
+        return str if self._ids.kind == "str" else int
+
     @cached_property
     def item_ids(self) -> tuple[int, ...] | tuple[str, ...]:
         """The external id of each item, in row order."""
@@ -202,7 +206,7 @@ class ItemCatalog:
         ids = as_id_array(item_ids, where)
         check_new_ids(ids, where)
         if not self._ids.takes(ids):
-            kinds = "strings" if self._ids.kind == "str" else "integers"
+            kinds = "strings" if self.id_type is str else "integers"
             raise CatalogError(f"{where}: must be {kinds} like the ids of this catalogue (got {shown(ids, 0)})")
         taken = np.flatnonzero(self._ids.lookup(ids) >= 0)
         if len(taken):

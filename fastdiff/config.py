@@ -6,10 +6,19 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
+import torch
+
 from fastdiff.errors import CheckpointError, InvalidArgument
 from fastdiff.plan import PREDICTION_TYPES, TIMESTEP_SPACINGS, VARIANCE_TYPES
 from fastdiff.schedule import ScheduleConfig
 
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What weights are stored in and models run in."""
 AGGREGATIONS = ("max", "mean")
 COUPLINGS = ("published", "none")
 RANKINGS = ("clean", "published")

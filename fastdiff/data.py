@@ -322,8 +322,7 @@ class InstanceFile:
 
 def id_type_of(catalog: ItemCatalog) -> IdType:
     """int or str: what the external ids of a catalogue are."""
-    ids = catalog.item_ids
-    return str if len(ids) and isinstance(ids[0], str) else int
+    return catalog.id_type
 
 
 class _Located(Protocol):

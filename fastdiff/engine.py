@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -31,7 +31,7 @@ from fastdiff.arithmetic import in_plain_arithmetic, plain_arithmetic
 from fastdiff.catalog import ItemCatalog
 from fastdiff.checkpoint import Checkpoint, write_folder
 from fastdiff.closed_form import AffineDenoiser, ClosedForm, collapse
-from fastdiff.config import GenerationConfig, ModelConfig
+from fastdiff.config import DTYPES, GenerationConfig, ModelConfig
 from fastdiff.errors import InvalidArgument
 from fastdiff.histories import ArrayLike, parse_histories
 from fastdiff.models import model_class
@@ -39,9 +39,6 @@ from fastdiff.models.base import Histories, Model, OnStep
 from fastdiff.ops.score_topk import score_topk
 from fastdiff.plan import StepPlan
 from fastdiff.stopwatch import Stopwatch
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-Callback = Callable[[int, int, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,8 @@ class Engine:
         self._history_table: tuple[ItemCatalog, Tensor] | None = None
         if generation_config.scheduler == "closed_form":  # a chain that cannot be collapsed is refused at load
             plan, _ = SamplerRequest().resolve(generation_config, self._make_plan)
-            cold = Histories(torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+            none = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
+            cold = Histories(none, none.sum(dim=1))
             with plain_arithmetic(self.device):
                 condition = self._encode(cold, catalog)
                 self._closed_form(model.prepare(condition, plan, generation_config.guidance_scale), plan)
@@ -119,10 +117,10 @@ class Engine:
         dtype   of the model's arithmetic; None is float32. The catalogue keeps the table as it was stored, so ranking
                 stays exact under any dtype
         """
-        names = {str(known).removeprefix("torch."): known for known in DTYPES}
-        dtype = names.get(dtype, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        if dtype not in DTYPES:
-            raise InvalidArgument(f"dtype: must be one of {', '.join(map(str, DTYPES))} or its name (got {dtype!r})")
+        dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype or torch.float32
+        if dtype not in DTYPES.values():
+            accepted = ", ".join(map(str, DTYPES.values()))
+            raise InvalidArgument(f"dtype: must be one of {accepted} or its name (got {dtype!r})")
         place = check_device(device, next(iter(checkpoint.weights.values())).device)
         kind = model_class(checkpoint.config.method)
         bound = {op.name: op.bind(backend, place) for op in kind.ops}
@@ -203,7 +201,7 @@ class Engine:
         user_candidate_items: Sequence[Sequence[Any]] | None = None,
         output_embeddings: bool = False,
         show_progress: bool = False,
-        callback_on_step_end: Callback | None = None,
+        callback_on_step_end: OnStep | None = None,
         **unknown: Any,
     ) -> GenerateOutput:
         """The top K items that each user wants next. None means the model's own setting (`generation_config`).
@@ -356,7 +354,6 @@ class Engine:
                 cached = (catalog, table.to(self.device, self.model.dtype))
                 self._history_table = cached
             table = cached[1]
-        window = Histories(window.items.to(self.device), window.lengths.to(self.device))
         return self.model.encode(window, table)
 
     def _closed_form(self, state: Any, plan: StepPlan) -> tuple[ClosedForm, AffineDenoiser]:
@@ -393,7 +390,7 @@ class Engine:
 class _Steps:
     """A step callback that moves a progress bar and calls the caller's; None where neither is wanted."""
 
-    def __init__(self, plan: StepPlan, show: bool, callback: Callback | None) -> None:
+    def __init__(self, plan: StepPlan, show: bool, callback: OnStep | None) -> None:
         self._plan, self._show, self._callback = plan, show, callback
         self._bar: Any = None
 

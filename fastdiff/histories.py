@@ -154,9 +154,8 @@ def _to_rows(
     if wrong.any():
         first = int(np.flatnonzero(wrong)[0])
         unknown_id = ids[first : first + 1].tolist()[0]
-        integers = not catalog.item_ids or isinstance(catalog.item_ids[0], int)
-        if isinstance(unknown_id, str) == integers:
-            kinds = ("a string", "integers") if integers else ("an integer", "strings")
+        if not isinstance(unknown_id, catalog.id_type):
+            kinds = ("a string", "integers") if catalog.id_type is int else ("an integer", "strings")
             raise InvalidHistory(
                 f"generate: histories[{user[first]}] holds item id {unknown_id!r}, {kinds[0]}; the ids of this "
                 f"catalogue are {kinds[1]} ({catalog.describe_ids()}): convert them first"

@@ -15,14 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastdiff.config import ModelConfig
+from fastdiff.config import DTYPES, ModelConfig
 from fastdiff.errors import CheckpointError
 from fastdiff.models import model_class
 
 Weights = dict[str, Tensor]
 
 PICKLED_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NESTED_UNDER = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts put the state dict when they save more than that."""
 
@@ -173,7 +172,7 @@ def check_weights(config: ModelConfig, weights: Mapping[str, Tensor], where: str
             f"{where}: the weights are not those of the {config.method} that the settings describe; "
             f"{'; '.join(problems)}"
         )
-    foreign = [f"{name} ({weight.dtype})" for name, weight in used.items() if weight.dtype not in DTYPES]
+    foreign = [f"{name} ({weight.dtype})" for name, weight in used.items() if weight.dtype not in DTYPES.values()]
     if foreign:
         raise CheckpointError(
             f"{where}: parameters must be float32, float64, bfloat16 or float16 (got {', '.join(foreign)}); convert "

@@ -261,6 +261,7 @@ class Catalogue:
 
     def __init__(self, item_ids: list[Any]) -> None:
         self.item_ids = item_ids
+        self.id_type = str if item_ids and isinstance(item_ids[0], str) else int
 
     def known(self, values: Any) -> Any:
         return np.array([self.item_ids.index(v) if v in self.item_ids else -1 for v in values], dtype=np.int64)

@@ -66,12 +66,10 @@ def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 def load_engine(args: argparse.Namespace) -> Engine:
     # imported here: `fastdiff --help` and bad usage should not wait for torch
-    from fastdiff.engine import DTYPES
+    from fastdiff.config import DTYPES
     from fastdiff.errors import InvalidArgument
     from fastdiff.loading import from_pretrained
 
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-    if args.dtype is not None and args.dtype not in dtypes:
-        raise InvalidArgument(f"--dtype: must be one of {', '.join(dtypes)} (got {args.dtype!r})")
-    dtype = None if args.dtype is None else dtypes[args.dtype]
-    return from_pretrained(args.folder, device=args.device, dtype=dtype, backend=args.backend)
+    if args.dtype is not None and args.dtype not in DTYPES:
+        raise InvalidArgument(f"--dtype: must be one of {', '.join(DTYPES)} (got {args.dtype!r})")
+    return from_pretrained(args.folder, device=args.device, dtype=args.dtype, backend=args.backend)

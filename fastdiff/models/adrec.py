@@ -68,7 +68,7 @@ from fastdiff.ops.denoise_attention_loop import (
     denoise_attention_loop,
     denoise_attention_step_ref,
 )
-from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, guided
+from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.plan import StepPlan
 
@@ -287,10 +287,8 @@ class ADRec(Model[ADRecCondition, ADRecState]):
             return denoise_attention_step_ref(
                 x_t, self.decoder, state.prefix, state.guidance_scale, self.lambda_, state.time[step]
             )
-        output = self.mlp(x_t, state.cond, state.time[step])
-        if state.uncond is None:
-            return output
-        return guided(self.mlp(x_t, state.uncond, state.time[step]), output, state.guidance_scale)
+        scale, time = state.guidance_scale, state.time[step]
+        return denoise_mlp_step_ref(x_t, self.mlp, state.cond, state.uncond, scale, time)
 
     def sample(self, state: ADRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
         if on_step is not None:

@@ -44,7 +44,7 @@ from fastdiff.models.base import Histories, Model, OnStep, Weights
 from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, guided
+from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref, guided
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.plan import StepPlan
 
@@ -172,10 +172,8 @@ class DreamRec(Model[Tensor, DreamRecState]):
         return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
 
     def denoise(self, x_t: Tensor, step: int, state: DreamRecState) -> Tensor:
-        output = self.mlp(x_t, state.cond, state.time[step])
-        if state.uncond is None:
-            return output
-        return guided(self.mlp(x_t, state.uncond, state.time[step]), output, state.guidance_scale)
+        scale, time = state.guidance_scale, state.time[step]
+        return denoise_mlp_step_ref(x_t, self.mlp, state.cond, state.uncond, scale, time)
 
     def sample(self, state: DreamRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
         if on_step is not None:

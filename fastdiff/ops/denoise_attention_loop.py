@@ -86,10 +86,6 @@ class CausalPrefix:
     uniform: Tensor | None = None
 
     @property
-    def n_branches(self) -> int:
-        return self.keys.shape[1]
-
-    @property
     def n_users(self) -> int:
         return self.keys.shape[2]
 

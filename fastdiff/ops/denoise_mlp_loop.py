@@ -54,6 +54,17 @@ def guided(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
     return uncond + guidance_scale * (cond - uncond)
 
 
+def denoise_mlp_step_ref(
+    x_t: Tensor, mlp: MLPWeights, cond: Tensor, uncond: Tensor | None, guidance_scale: float, time: Tensor
+) -> Tensor:
+    """One call of the denoiser: mlp(x_t, cond, time), guided where there is an `uncond`.
+
+    Arguments as in `denoise_mlp_loop_ref`, but time is the step's own `[H]`. Returns [R, D].
+    """
+    output = mlp(x_t, cond, time)
+    return output if uncond is None else guided(mlp(x_t, uncond, time), output, guidance_scale)
+
+
 def denoise_mlp_loop_ref(
     x_t: Tensor,
     mlp: MLPWeights,
@@ -77,9 +88,7 @@ def denoise_mlp_loop_ref(
     Returns x_0 [R, D].
     """
     for i, (c_out, c_xt, c_noise) in enumerate(coef.tolist()):
-        output = mlp(x_t, cond, time[i])
-        if uncond is not None:
-            output = guided(mlp(x_t, uncond, time[i]), output, guidance_scale)
+        output = denoise_mlp_step_ref(x_t, mlp, cond, uncond, guidance_scale, time[i])
         x_t = sampler_step_ref(output, x_t, noise.draw(1 + i) if c_noise else None, c_out, c_xt, c_noise, normalize)
     return x_t
 
