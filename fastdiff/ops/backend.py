@@ -21,18 +21,23 @@ from typing import Any
 import torch
 
 from fastdiff.errors import BackendUnavailable, InvalidArgument
+from fastdiff.ops.cpu import library
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 
 
-def why_not(backend: str, device: torch.device | str) -> str | None:
-    """Why `backend` cannot run on `device`, whatever the op; None where nothing stands against it."""
+def why_not(backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why `backend` cannot compute in `dtype` on `device`, whatever the op; None where nothing stands against it."""
     device = torch.device(device)
     if backend == "torch":
         return None
     if backend == "cpu":
-        return None if device.type == "cpu" else f"it needs the tensors on the CPU, got {device.type}"
+        if device.type != "cpu":
+            return f"it needs the tensors on the CPU, got {device.type}"
+        if dtype != torch.float32:
+            return f"it computes in float32, got {str(dtype).removeprefix('torch.')}"
+        return library.why_not()
     if backend in ("triton", "cuda"):
         if device.type != "cuda":
             return f"it needs a CUDA device, got {device.type}"
@@ -54,28 +59,28 @@ class Op:
     reference: Callable[..., Any]
     implementations: Mapping[str, str] = field(default_factory=dict)
 
-    def why_not(self, backend: str, device: torch.device | str) -> str | None:
-        """Why this op cannot run on `backend` for tensors on `device`; None where it can."""
-        reason = why_not(backend, device)
+    def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
+        """Why this op cannot run on `backend` for tensors of `dtype` on `device`; None where it can."""
+        reason = why_not(backend, device, dtype)
         if reason is None and backend != "torch" and backend not in self.implementations:
             reason = f"this version of fastdiff has no '{backend}' implementation of {self.name}"
         return reason
 
-    def available(self, device: torch.device | str) -> tuple[str, ...]:
-        """The backends that can run this op for tensors on `device`."""
-        return tuple(backend for backend in BACKENDS if self.why_not(backend, device) is None)
+    def available(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+        """The backends that can run this op for tensors of `dtype` on `device`."""
+        return tuple(backend for backend in BACKENDS if self.why_not(backend, device, dtype) is None)
 
-    def bind(self, backend: str, device: torch.device | str) -> BoundOp:
+    def bind(self, backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BoundOp:
         """The function to call, for a named backend or for "auto"; raises `BackendUnavailable` with the reason."""
         device = torch.device(device)
         if backend == "auto":
             order = PREFERENCE.get(device.type, ("torch",))
-            backend = next(name for name in order if self.why_not(name, device) is None)
-        reason = self.why_not(backend, device)
+            backend = next(name for name in order if self.why_not(name, device, dtype) is None)
+        reason = self.why_not(backend, device, dtype)
         if reason is not None:
             raise BackendUnavailable(
                 f"{self.name}: backend {backend!r} cannot run: {reason}. "
-                f"Usable here: {', '.join(self.available(device))}"
+                f"Usable here: {', '.join(self.available(device, dtype))}"
             )
         if backend == "torch":
             return BoundOp(self.name, backend, self.reference)

@@ -21,6 +21,11 @@ PLAIN = Op("plain", reference)
 FAST = Op("fast", reference, {"cpu": "math:sqrt", "triton": "math:fabs"})
 
 
+@pytest.fixture(autouse=True)
+def _with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.library, "why_not", lambda: None)
+
+
 @pytest.mark.parametrize(
     ("backend", "device", "reason"),
     [
@@ -36,6 +41,14 @@ FAST = Op("fast", reference, {"cpu": "math:sqrt", "triton": "math:fabs"})
 )
 def test_why_not(backend: str, device: torch.device | str, reason: str | None) -> None:
     assert why_not(backend, device) == reason
+
+
+def test_why_not_says_what_the_library_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not("cpu", "cpu", torch.bfloat16) == "it computes in float32, got bfloat16"
+    monkeypatch.setattr(module.library, "why_not", lambda: "not built")
+    assert why_not("cpu", "cpu") == "not built"
+    with pytest.raises(BackendUnavailable, match=r"fast: backend 'cpu' cannot run: not built. Usable here: torch"):
+        FAST.bind("cpu", "cpu")
 
 
 def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +115,7 @@ def test_every_op_is_listed_once_under_its_own_name() -> None:
 def test_importing_the_record_imports_no_op() -> None:
     code = "import sys, fastdiff.ops.backend; print([m for m in sys.modules if m.startswith('fastdiff.ops.')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "['fastdiff.ops.backend']"
+    assert found.stdout.strip() == "['fastdiff.ops.cpu', 'fastdiff.ops.cpu.library', 'fastdiff.ops.backend']"
 
 
 def test_available_backends() -> None:

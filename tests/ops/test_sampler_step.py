@@ -35,6 +35,8 @@ def plain(output: Tensor, x_t: Tensor, noise: Tensor, row: tuple[float, float, f
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_formula(step, shape, dtype, layout, normalize):
+    if sampler_step.why_not(step.backend, "cpu", dtype):
+        pytest.skip(sampler_step.why_not(step.backend, "cpu", dtype))
     output, x_t, noise = (LAYOUTS[layout](torch.randn(shape).to(dtype)) for _ in range(3))
     for row in ROWS:
         truth = plain(output.double(), x_t.double(), noise.double(), row, normalize)
@@ -67,3 +69,22 @@ def test_missing_noise_is_named(step):
     x = torch.ones(2, 3)
     with pytest.raises(InvalidArgument, match=r"noise must be given where c_noise is not 0 \(got None with 0.5\)"):
         step(x, x, None, 1.0, 1.0, 0.5)
+
+
+@pytest.mark.skipif("cpu" not in sampler_step.available("cpu"), reason="the C++ ops are not built")
+def test_a_row_is_the_same_in_any_batch_and_with_any_number_of_threads():
+    output, x_t, noise = (torch.randn(3001, 50) for _ in range(3))
+    step = sampler_step.bind("cpu", "cpu")
+    whole = step(output, x_t, noise, 0.9, 0.3, 0.2, True)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        rows = slice(1234, 1301)
+        assert torch.equal(step(output[rows], x_t[rows], noise[rows], 0.9, 0.3, 0.2, True), whole[rows])
+
+
+@pytest.mark.skipif("cpu" not in sampler_step.available("cpu"), reason="the C++ ops are not built")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    sampler_step.bind("cpu", "cpu")
+    tensors = [LAYOUTS[layout](torch.randn(5, 7)) for _ in range(3)]
+    torch.library.opcheck(torch.ops.fastdiff.sampler_step.default, (*tensors, 0.5, 0.4, 0.3, True))

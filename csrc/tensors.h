@@ -1,0 +1,66 @@
+// What the op wrappers need of torch's stable ABI: checked, contiguous tensors and their pointers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "check.h"
+
+namespace fastdiff {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using MaybeTensor = std::optional<Tensor>;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); i++) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+// A contiguous CPU tensor of the dtype and shape wanted; -1 in `shape` stands for any size.
+inline Tensor checked(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                      const std::vector<int64_t>& shape) {
+  FASTDIFF_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
+  FASTDIFF_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be of scalar type ", static_cast<int>(dtype),
+                 " (got ", static_cast<int>(tensor.scalar_type()), ")");
+  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] < 0 || tensor.size(i) == shape[i];
+  if (!fits) {
+    std::string wanted = "[";
+    for (size_t i = 0; i < shape.size(); i++) wanted += (i ? ", " : "") + (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+    fail(op, ": ", name, " must have shape ", wanted, "] (got ", shape_of(tensor), ")");
+  }
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline Tensor floats(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+  return checked(op, name, tensor, ScalarType::Float, shape);
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// What torch.set_num_threads says.
+inline int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+// A new tensor [sizes] like `like` in device and layout.
+inline Tensor empty_like_with(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+}  // namespace fastdiff
