@@ -1,9 +1,11 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -13,9 +15,9 @@
 namespace fastdiff {
 namespace {
 
-// How often an idle worker looks for work before it sleeps, and a caller before it waits: some ten microseconds, the
-// time between two stages of one call.
-constexpr int kLooks = 400;
+// How long an idle worker looks for work before it sleeps, and a caller for the end before it does. To be woken takes 20
+// to 60 us on a virtual machine, as long as a small call; looking any longer takes the processor from others.
+constexpr std::chrono::microseconds kPatience{200};
 constexpr int kMostWorkers = 255;
 
 inline void pause() {
@@ -24,6 +26,20 @@ inline void pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Waits for `done` for a while. Between looks it gives way, so that on a busy machine others run meanwhile.
+template <class Condition>
+bool look_for(const Condition& done) {
+  const auto until = std::chrono::steady_clock::now() + kPatience;
+  do {
+    for (int look = 0; look < 32; look++) {
+      if (done()) return true;
+      pause();
+    }
+    sched_yield();
+  } while (std::chrono::steady_clock::now() < until);
+  return done();
 }
 
 // One call of parallel(); it lives on the caller's stack.
@@ -76,8 +92,7 @@ class Pool {
       auto at = std::find(jobs_.begin(), jobs_.end(), &job);
       if (at != jobs_.end()) jobs_.erase(at);
     }
-    for (int look = 0; look < kLooks && job.working.load(std::memory_order_acquire) > 0; look++) pause();
-    if (job.working.load(std::memory_order_acquire) > 0) {
+    if (!look_for([&] { return job.working.load(std::memory_order_acquire) == 0; })) {
       std::unique_lock<std::mutex> lock(mutex_);
       left_.wait(lock, [&] { return job.working.load(std::memory_order_acquire) == 0; });
     }
@@ -99,9 +114,7 @@ class Pool {
         if (job->working.fetch_sub(1, std::memory_order_release) == 1) left_.notify_all();
         continue;
       }
-      int look = 0;
-      while (look < kLooks && posted_.load(std::memory_order_acquire) == seen) look++, pause();
-      if (look < kLooks) continue;
+      if (look_for([&] { return posted_.load(std::memory_order_acquire) != seen; })) continue;
       std::unique_lock<std::mutex> lock(mutex_);
       asleep_.fetch_add(1, std::memory_order_seq_cst);
       wake_.wait(lock, [&] { return posted_.load(std::memory_order_relaxed) != seen; });
