@@ -123,7 +123,7 @@ class Engine:
             raise InvalidArgument(f"dtype: must be one of {accepted} or its name (got {dtype!r})")
         place = check_device(device, next(iter(checkpoint.weights.values())).device)
         kind = model_class(checkpoint.config.method)
-        bound = {op.name: op.bind(backend, place) for op in kind.ops}
+        bound = {op.name: op.bind(backend, place, dtype) for op in kind.ops}
         stored = {name: weight.detach().to(place) for name, weight in checkpoint.weights.items()}
         weights = {name: weight.to(dtype) for name, weight in stored.items()}
         with plain_arithmetic(place):
