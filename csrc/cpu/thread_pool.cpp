@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -69,18 +70,19 @@ struct Job {
 class Pool {
  public:
   void run(Job& job) {
+    const bool one = job.wanted == 1;  // the workers count it down from here on
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const int target = std::min(kMostWorkers, job.wanted);
-      while (workers_ < target) {
-        std::thread(&Pool::loop, this).detach();
-        workers_++;
+      try {
+        for (; workers_ < target; workers_++) std::thread(&Pool::loop, this).detach();
+      } catch (const std::system_error&) {  // no more threads for this process: those that there are do the work
       }
       jobs_.push_back(&job);
       posted_.fetch_add(1, std::memory_order_release);
     }
     if (asleep_.load(std::memory_order_seq_cst) > 0) {
-      if (job.wanted == 1) {
+      if (one) {
         wake_.notify_one();
       } else {
         wake_.notify_all();
