@@ -4,6 +4,7 @@
 //
 //   Vec     kLanes floats           IVec   kLanes 32-bit words, unsigned unless a name says signed
 //   Mask    kLanes truth values     kLanes 16 (AVX-512), 8 (AVX2), 4 (baseline: SSE2, NEON, through GCC's vectors)
+//   LVec    kLanes / 2 words of 64 bits
 //
 // fma(a, b, c) = a b + c is one rounding at avx2 and avx512. At baseline it may be two, which changes the bits of a
 // result between levels, never between batches or threads.
@@ -91,6 +92,30 @@ FASTDIFF_INLINE IVec to_int(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }    // n
 FASTDIFF_INLINE Vec as_float(IVec a) { return {_mm512_castsi512_ps(a.v)}; }
 FASTDIFF_INLINE IVec as_int(Vec a) { return {_mm512_castps_si512(a.v)}; }
 
+struct LVec {
+  __m512i v;
+};
+FASTDIFF_INLINE LVec lset1(uint32_t x) { return {_mm512_set1_epi64(x)}; }
+FASTDIFF_INLINE LVec lload(const uint64_t* p) { return {_mm512_loadu_si512(p)}; }
+FASTDIFF_INLINE LVec xor3(LVec a, LVec b, LVec c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
+FASTDIFF_INLINE LVec multiply_low(LVec a, LVec b) { return {_mm512_mul_epu32(a.v, b.v)}; }  // low words to 64 bits
+FASTDIFF_INLINE LVec high_words(LVec a) { return {_mm512_srli_epi64(a.v, 32)}; }
+// the low words: word 2 i of `even`, word 2 i + 1 of `odd`
+FASTDIFF_INLINE IVec join_low(LVec even, LVec odd) {
+  return {_mm512_mask_shuffle_epi32(even.v, 0xAAAA, odd.v, static_cast<_MM_PERM_ENUM>(0xA0))};
+}
+// p[4 j + i] = lane of (a, b, c, d)[i] that stands for j: see four_in_turn
+FASTDIFF_INLINE void store_in_turn(float* p, Vec a, Vec b, Vec c, Vec d) {
+  const __m512d ab_low = _mm512_castps_pd(_mm512_unpacklo_ps(a.v, b.v));
+  const __m512d ab_high = _mm512_castps_pd(_mm512_unpackhi_ps(a.v, b.v));
+  const __m512d cd_low = _mm512_castps_pd(_mm512_unpacklo_ps(c.v, d.v));
+  const __m512d cd_high = _mm512_castps_pd(_mm512_unpackhi_ps(c.v, d.v));
+  _mm512_storeu_ps(p, _mm512_castpd_ps(_mm512_unpacklo_pd(ab_low, cd_low)));
+  _mm512_storeu_ps(p + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(ab_low, cd_low)));
+  _mm512_storeu_ps(p + 32, _mm512_castpd_ps(_mm512_unpacklo_pd(ab_high, cd_high)));
+  _mm512_storeu_ps(p + 48, _mm512_castpd_ps(_mm512_unpackhi_pd(ab_high, cd_high)));
+}
+
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -154,6 +179,28 @@ FASTDIFF_INLINE Vec to_float(IVec a) { return {_mm256_cvtepi32_ps(a.v)}; }
 FASTDIFF_INLINE IVec to_int(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
 FASTDIFF_INLINE Vec as_float(IVec a) { return {_mm256_castsi256_ps(a.v)}; }
 FASTDIFF_INLINE IVec as_int(Vec a) { return {_mm256_castps_si256(a.v)}; }
+
+struct LVec {
+  __m256i v;
+};
+FASTDIFF_INLINE LVec lset1(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+FASTDIFF_INLINE LVec lload(const uint64_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+FASTDIFF_INLINE LVec xor3(LVec a, LVec b, LVec c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
+FASTDIFF_INLINE LVec multiply_low(LVec a, LVec b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+FASTDIFF_INLINE LVec high_words(LVec a) { return {_mm256_srli_epi64(a.v, 32)}; }
+FASTDIFF_INLINE IVec join_low(LVec even, LVec odd) {
+  return {_mm256_blend_epi32(even.v, _mm256_slli_epi64(odd.v, 32), 0xAA)};
+}
+FASTDIFF_INLINE void store_in_turn(float* p, Vec a, Vec b, Vec c, Vec d) {
+  const __m256d ab_low = _mm256_castps_pd(_mm256_unpacklo_ps(a.v, b.v));
+  const __m256d ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a.v, b.v));
+  const __m256d cd_low = _mm256_castps_pd(_mm256_unpacklo_ps(c.v, d.v));
+  const __m256d cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(c.v, d.v));
+  _mm256_storeu_ps(p, _mm256_castpd_ps(_mm256_unpacklo_pd(ab_low, cd_low)));
+  _mm256_storeu_ps(p + 8, _mm256_castpd_ps(_mm256_unpackhi_pd(ab_low, cd_low)));
+  _mm256_storeu_ps(p + 16, _mm256_castpd_ps(_mm256_unpacklo_pd(ab_high, cd_high)));
+  _mm256_storeu_ps(p + 24, _mm256_castpd_ps(_mm256_unpackhi_pd(ab_high, cd_high)));
+}
 
 #else
 
@@ -271,7 +318,39 @@ FASTDIFF_INLINE IVec as_int(Vec a) {
   return b;
 }
 
+
+struct LVec {
+  LongWords v;
+};
+FASTDIFF_INLINE LVec lset1(uint32_t x) { return {LongWords{x, x}}; }
+FASTDIFF_INLINE LVec lload(const uint64_t* p) {
+  LVec a;
+  std::memcpy(&a.v, p, sizeof(a.v));
+  return a;
+}
+FASTDIFF_INLINE LVec xor3(LVec a, LVec b, LVec c) { return {a.v ^ b.v ^ c.v}; }
+FASTDIFF_INLINE LVec multiply_low(LVec a, LVec b) {
+  return {(a.v & LongWords{0xFFFFFFFFu, 0xFFFFFFFFu}) * (b.v & LongWords{0xFFFFFFFFu, 0xFFFFFFFFu})};
+}
+FASTDIFF_INLINE LVec high_words(LVec a) { return {a.v >> 32}; }
+FASTDIFF_INLINE IVec join_low(LVec even, LVec odd) {
+  const LongWords both = (even.v & LongWords{0xFFFFFFFFu, 0xFFFFFFFFu}) | (odd.v << 32);
+  IVec a;
+  for (int i = 0; i < kLanes / 2; i++) {
+    a.v[2 * i] = static_cast<uint32_t>(both[i]);
+    a.v[2 * i + 1] = static_cast<uint32_t>(both[i] >> 32);
+  }
+  return a;
+}
+FASTDIFF_INLINE void store_in_turn(float* p, Vec a, Vec b, Vec c, Vec d) {
+  for (int i = 0; i < kLanes; i++) store(p + 4 * i, {Floats{a.v[i], b.v[i], c.v[i], d.v[i]}});
+}
+
 #endif
+
+// Which j lane `lane` must stand for where store_in_turn is to write p[4 j ..]: it moves no number between the 128-bit
+// parts of a vector.
+constexpr int four_in_turn(int lane) { return kLanes / 4 * (lane % 4) + lane / 4; }
 
 // ((a_0 + a_1) + (a_2 + a_3)) + ..: a tree of its own for each level
 FASTDIFF_INLINE float sum(Vec a) {

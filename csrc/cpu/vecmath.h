@@ -13,7 +13,6 @@
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
 
-
 // 2^n for whole n in -126 .. 127
 FASTDIFF_INLINE Vec power_of_two(Vec n) { return as_float(shift_left<23>(to_int(n) + iset1(127))); }
 

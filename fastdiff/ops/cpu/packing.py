@@ -1,0 +1,64 @@
+"""Weights as the C++ kernels read them (csrc/cpu/linear.h), made once per object that holds them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 16
+"""Outputs that stand side by side in a packed layer, at every CPU level."""
+
+Owner = TypeVar("Owner")
+Packed = TypeVar("Packed")
+
+_made: dict[tuple[int, Callable[[Any], Any]], tuple[weakref.ref[Any], Any]] = {}
+
+
+def packed(owner: Owner, make: Callable[[Owner], Packed]) -> Packed:
+    """make(owner), kept as long as `owner` lives. An owner is told by identity; it must not change afterwards.
+
+    make  a function of a module, since it is part of the key. Two threads may both make one; either result serves
+    """
+    key = (id(owner), make)
+    entry = _made.get(key)
+    if entry is not None and entry[0]() is owner:
+        kept: Packed = entry[1]
+        return kept
+    made = make(owner)
+    _made[key] = (weakref.ref(owner, lambda dead: _forget(key, dead)), made)
+    return made
+
+
+def _forget(key: tuple[int, Callable[[Any], Any]], dead: weakref.ref[Any]) -> None:
+    """Drop an entry, unless another object has taken the address in the meantime."""
+    entry = _made.get(key)
+    if entry is not None and entry[0] is dead:
+        _made.pop(key, None)
+
+
+def padded(n: int) -> int:
+    """n rounded up to whole panels."""
+    return -(-n // PANEL) * PANEL
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """A layer's weight [n_out, n_in] as panels [ceil(n_out / 16), n_in, 16] float32; outputs beyond n_out are 0."""
+    n_out, n_in = weight.shape
+    whole = F.pad(weight.detach().to(torch.float32), (0, 0, 0, padded(n_out) - n_out))
+    return whole.view(-1, PANEL, n_in).transpose(1, 2).contiguous()
+
+
+def pack_vector(values: Tensor) -> Tensor:
+    """A bias or a norm's weight [n] as [padded(n)] float32, 0 beyond n."""
+    n = values.shape[0]
+    return F.pad(values.detach().to(torch.float32), (0, padded(n) - n)).contiguous()
+
+
+def join(*parts: Tensor) -> Tensor:
+    """Packed parts one after another in one buffer: a kernel takes one tensor and finds the parts by their sizes."""
+    return torch.cat([part.flatten() for part in parts])
