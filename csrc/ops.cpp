@@ -7,6 +7,8 @@
 #include "tensors.h"
 
 STABLE_TORCH_LIBRARY(fastdiff, m) {
+  m.def("denoise_attention_loop(Tensor x_t, Tensor[] blocks, int hidden, int heads, float eps, Tensor cond, Tensor keys_values, Tensor lengths, Tensor pad, Tensor log_pads, Tensor? uniform, float guidance_scale, float input_scale, Tensor time, Tensor coef, bool normalize, Tensor? noise, Tensor? row_key, Tensor? sample, int seed) -> Tensor");
+  m.def("philox_normals(int seed, Tensor row_key, Tensor sample, int first_draw, int n_draws, int dim) -> Tensor");
   m.def("sampler_step(Tensor model_output, Tensor x_t, Tensor? noise, float c_out, float c_xt, float c_noise, bool normalize) -> Tensor");
 }
 
@@ -14,7 +16,14 @@ STABLE_TORCH_LIBRARY(fastdiff, m) {
 
 #define FASTDIFF_EXPORT extern "C" __attribute__((visibility("default")))
 
-FASTDIFF_EXPORT const char* fastdiff_cpu_capability() { return fastdiff::level_name(fastdiff::level()); }
+// The level in use; null where FASTDIFF_CPU_CAPABILITY names none that this machine has.
+FASTDIFF_EXPORT const char* fastdiff_cpu_capability() {
+  try {
+    return fastdiff::level_name(fastdiff::level());
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
 
 FASTDIFF_EXPORT const char* fastdiff_cpu_highest() { return fastdiff::level_name(fastdiff::highest_level()); }
 

@@ -1,38 +1,23 @@
 """Where a sampler's normal draws come from: given tensors, torch generators, or counter-based Philox.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is a function from (key, counter) to
-four 32-bit words, so a draw depends on what it is for and not on what was drawn before. Fixed here for every backend:
-
-    key      (seed low 32 bits, seed high 32 bits)
-    counter  (row key low, row key high, draw, sample << 16 | dim // 4)
-             draw 0 is x_T, draw 1 + i belongs to step i; sample < 2^16; dim < 2^18
-
-    words w0..w3 serve dims 4j .. 4j+3 in two Box-Muller pairs (w0, w1) and (w2, w3). For a pair (a, b), in float32:
-        u = ((a >> 8) + 1) * 2^-24  in (0, 1]        v = (b >> 8) * 2^-24  in [0, 1)
-        r = sqrt(-2 ln u)           angle = 6.2831855 * v
-        first = r cos(angle)        second = r sin(angle)
-
-u, v and angle are exact or one rounding, so normals agree between backends to the few ulp of their log, sin and cos.
+With Philox a draw depends on what it is for and not on what was drawn before; the layout of its counters is in
+`fastdiff.ops.philox_normals`. Draw 0 is x_T, draw 1 + i belongs to step i.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.ops.philox_normals import philox_normals_ref
 
 MAX_SAMPLES = 1 << 16
 
-_MASK32 = 0xFFFFFFFF
-_ROUNDS = 10
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _NORMALS_AT_ONCE = 1 << 18  # a stretch of draws whose temporaries stay in a core's cache
-_TWO_PI = 6.2831855  # 2 pi rounded to float32
 
 
 class Noise(ABC):
@@ -107,10 +92,20 @@ class PhiloxNoise(Noise):
     little more than the hundred small tensor operations that it takes.
 
     row_key  [R] int64   sample  [R] int64, the sample index of each row
+    normals  the op `philox_normals`, bound to the backend of the run
     """
 
-    def __init__(self, seed: int, row_key: Tensor, sample: Tensor, dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        seed: int,
+        row_key: Tensor,
+        sample: Tensor,
+        dim: int,
+        dtype: torch.dtype,
+        normals: Callable[[int, Tensor, Tensor, int, int, int], Tensor] = philox_normals_ref,
+    ) -> None:
         self.seed, self.row_key, self.sample = seed, row_key, sample
+        self._normals = normals
         self.dim, self.dtype = dim, dtype
         self._made = range(0)
         self._values: Tensor | None = None
@@ -121,59 +116,14 @@ class PhiloxNoise(Noise):
             follows = index == self._made.stop
             length = min(2 * len(self._made), self._longest) if follows and index > 0 else 1
             self._made = range(index, index + length)
-            draws = torch.arange(index, index + length, device=self.row_key.device)
-            self._values = philox_normals(self.seed, self.row_key, self.sample, draws, self.dim).to(self.dtype)
+            values = self._normals(self.seed, self.row_key, self.sample, index, length, self.dim)
+            self._values = values.to(self.dtype)
         return self._values[index - self._made.start]
 
 
 def philox_normal(seed: int, row_key: Tensor, sample: Tensor, draw: int, dim: int) -> Tensor:
-    """Standard normals `[R, dim]` float32 for draw number `draw`; see `philox_normals`."""
-    return philox_normals(seed, row_key, sample, torch.tensor([draw], device=row_key.device), dim)[0]
-
-
-def philox_normals(seed: int, row_key: Tensor, sample: Tensor, draws: Tensor, dim: int) -> Tensor:
-    """Standard normals `[n, R, dim]` float32 for the draws numbered `draws`.
-
-    seed     int of 64 bits                draws   [n] int64
-    row_key  [R] int64                     sample  [R] int64 in 0 .. 2^16 - 1
-    """
-    blocks = torch.arange((dim + 3) // 4, device=row_key.device, dtype=torch.int64)
-    key = row_key[None, :, None]
-    counter = (
-        key & _MASK32,
-        (key >> 32) & _MASK32,
-        draws[:, None, None] & _MASK32,
-        (sample[None, :, None] << 16) | blocks,
-    )
-    words = philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
-    first, second = _box_muller(words[0], words[1])
-    third, fourth = _box_muller(words[2], words[3])
-    return torch.stack([first, second, third, fourth], dim=-1).flatten(2)[..., :dim]
-
-
-def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 on 32-bit words held in int64 tensors (which broadcast against each other)."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        # a 32 x 32 bit product wraps in int64, but its 64 bits are right; only c0 and c2 are multiplied again, so only
-        # they are cut to 32 bits in every round
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c2 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK32, ((product_0 >> 32) ^ c3 ^ k1) & _MASK32
-        c1, c3 = product_1, product_0
-        k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
-    return c0, c1 & _MASK32, c2, c3 & _MASK32
-
-
-def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    scale = 2.0**-24
-    u = ((a >> 8) + 1).to(torch.float32) * scale
-    v = (b >> 8).to(torch.float32) * scale
-    radius = torch.sqrt(-2.0 * torch.log(u))
-    angle = _TWO_PI * v
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    """Standard normals `[R, dim]` float32 for draw number `draw`, by the reference of `philox_normals`."""
+    return philox_normals_ref(seed, row_key, sample, draw, 1, dim)[0]
 
 
 # --- row keys ---------------------------------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ from fastdiff.noise import (
     PhiloxNoise,
     StartNoise,
     history_row_key,
-    philox4x32,
     philox_normal,
     request_row_key,
 )
+from fastdiff.ops.philox_normals import philox4x32
 
 CPU = torch.device("cpu")
 

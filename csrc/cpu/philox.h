@@ -26,7 +26,7 @@ FASTDIFF_INLINE PhiloxKeys philox_keys(uint64_t seed) {
 
 constexpr int kNormalsAtOnce = 4 * kLanes;
 
-// dim rounded up to what philox_normals writes
+// dim rounded up to what fill_normals writes
 constexpr int padded_normals(int dim) { return (dim + kNormalsAtOnce - 1) / kNormalsAtOnce * kNormalsAtOnce; }
 
 struct PhiloxWords {
@@ -84,23 +84,24 @@ FASTDIFF_INLINE void box_muller(IVec a, IVec b, Vec& first, Vec& second) {
   second = radius * sine;
 }
 
-// The normals of dims 0 .. padded_normals(dim) - 1 of one row and one draw.
-FASTDIFF_INLINE void philox_normals(const PhiloxKeys& keys, uint64_t row_key, uint32_t sample, uint32_t draw, int dim,
-                                    float* out) {
+// The normals of dims first .. last - 1 of one row and one draw, and on to a multiple of kNormalsAtOnce, from out[0] on.
+// `first` is such a multiple.
+FASTDIFF_INLINE void fill_normals(const PhiloxKeys& keys, uint64_t row_key, uint32_t sample, uint32_t draw, int first,
+                                  int last, float* out) {
   alignas(64) uint64_t even[kLanes / 2], odd[kLanes / 2];
   for (int i = 0; i < kLanes / 2; i++) {
     even[i] = (sample << 16) | static_cast<uint32_t>(four_in_turn(2 * i));
     odd[i] = (sample << 16) | static_cast<uint32_t>(four_in_turn(2 * i + 1));
   }
   const LVec first_even = lload(even), first_odd = lload(odd);
-  for (int at = 0; at < dim; at += kNormalsAtOnce) {
-    const LVec block = lset1(static_cast<uint32_t>(at / 4));  // j < 2^16, and at / 4 has zeros where lanes have bits
+  for (int at = first; at < last; at += kNormalsAtOnce) {
+    const LVec block = lset1(static_cast<uint32_t>(at / 4));  // has zeros where lanes have bits
     const PhiloxWords words = philox_words(keys, row_key, draw, xor3(first_even, block, lset1(0)),
                                            xor3(first_odd, block, lset1(0)));
     Vec normals[4];
     box_muller(words.w[0], words.w[1], normals[0], normals[1]);
     box_muller(words.w[2], words.w[3], normals[2], normals[3]);
-    store_in_turn(out + at, normals[0], normals[1], normals[2], normals[3]);
+    store_in_turn(out + at - first, normals[0], normals[1], normals[2], normals[3]);
   }
 }
 

@@ -69,6 +69,7 @@ from fastdiff.ops.denoise_attention_loop import (
     denoise_attention_step_ref,
 )
 from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
+from fastdiff.ops.philox_normals import philox_normals
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.plan import StepPlan
 
@@ -119,7 +120,7 @@ ADRecState = AttentionState | MLPState
 class ADRec(Model[ADRecCondition, ADRecState]):
     """ADRec with either decoder; see the module's docstring."""
 
-    ops = (sampler_step, denoise_mlp_loop, denoise_attention_loop)
+    ops = (sampler_step, philox_normals, denoise_mlp_loop, denoise_attention_loop)
     item_table_key = "item_embedding.weight"
     config: ADRecConfig
 

@@ -22,6 +22,7 @@ from fastdiff.config import ModelConfig
 from fastdiff.errors import InvalidArgument
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp, Op
+from fastdiff.ops.philox_normals import philox_normals
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.plan import StepPlan
 from fastdiff.schedule import Schedule
@@ -47,6 +48,11 @@ class Histories:
     def batch_size(self) -> int:
         return self.items.shape[0]
 
+    def to(self, device: torch.device) -> Histories:
+        if self.items.device == device:
+            return self
+        return Histories(self.items.to(device), self.lengths.to(device))
+
 
 ConditionT = TypeVar("ConditionT")
 StateT = TypeVar("StateT")
@@ -59,8 +65,9 @@ class Model(ABC, Generic[ConditionT, StateT]):
     (pad vectors, folded matrices) is done in `__init__`.
     """
 
-    ops: ClassVar[tuple[Op, ...]] = (sampler_step,)
-    """The ops that `sample` and `denoise` call; the engine binds them once and hands them over in `bound`."""
+    ops: ClassVar[tuple[Op, ...]] = (sampler_step, philox_normals)
+    """The ops that a call of the model runs, `philox_normals` for its noise among them; the engine binds them once and
+    hands them over in `bound`."""
 
     item_table_key: ClassVar[str]
     """The name of the item table `[n_rows, D]` among the weights."""

@@ -46,6 +46,7 @@ from fastdiff.models.base import Histories, Model, OnStep, Weights
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop
+from fastdiff.ops.philox_normals import philox_normals
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.plan import StepPlan
 
@@ -61,7 +62,7 @@ class DimeRecState:
 class DimeRec(Model[Tensor, DimeRecState]):
     """The condition is the interests g `[B, K, D]`."""
 
-    ops = (sampler_step, denoise_mlp_loop)
+    ops = (sampler_step, philox_normals, denoise_mlp_loop)
     item_table_key = "item_embeddings.weight"
 
     config: DimeRecConfig

@@ -45,6 +45,7 @@ from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref, guided
+from fastdiff.ops.philox_normals import philox_normals
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.plan import StepPlan
 
@@ -68,7 +69,7 @@ class DreamRecState:
 class DreamRec(Model[Tensor, DreamRecState]):
     """The condition is h `[B, D]`."""
 
-    ops = (sampler_step, denoise_mlp_loop)
+    ops = (sampler_step, philox_normals, denoise_mlp_loop)
     item_table_key = "item_embeddings.weight"
 
     config: DreamRecConfig

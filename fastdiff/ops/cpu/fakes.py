@@ -17,3 +17,8 @@ def _sampler_step(
     normalize: bool,
 ) -> Tensor:
     return model_output.new_empty(model_output.shape)
+
+
+@torch.library.register_fake("fastdiff::philox_normals")
+def _philox_normals(seed: int, row_key: Tensor, sample: Tensor, first_draw: int, n_draws: int, dim: int) -> Tensor:
+    return row_key.new_empty((n_draws, row_key.shape[0], dim), dtype=torch.float32)
