@@ -12,21 +12,26 @@ ARGS ?=
 
 PIP_INSTALL = $(PY) -m pip install -qq --disable-pip-version-check
 
+# Stamps are written last and named after what was asked for, so a set-up that was interrupted, or made for another
+# Python or PyTorch, is not taken for a complete one.
+ASKED := $(shell printf '%s' '$(PYTHON) $(VENV) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)
 ifeq ($(VENV),none)
 PY := $(PYTHON)
-READY := check-environment
+INSTALLED := check-environment
 else
 PY := $(VENV)/bin/python
-# The stamp is written last and named after what was asked for, so a set-up that was interrupted, or made for another
-# Python or PyTorch, is not taken for a complete one.
-READY := $(VENV)/.fastdiff-ready-$(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.fastdiff-ready-$(ASKED)
 endif
+# The C++ parts of the checkout; built again when their sources change.
+READY := build/ready-$(ASKED)
+CPP := $(sort $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cpu/*.cpp csrc/cpu/*.h csrc/python/*.cpp csrc/python/*.h))
 
-.PHONY: help demo test bench lint clean check-environment
+.PHONY: help demo test check bench lint clean check-environment
 
 help:
 	@echo "make demo    recommendations from the model that ships with fastdiff, and how good they are (seconds)"
 	@echo "make test    the tests (minutes); ARGS='tests/ops -x' goes to pytest"
+	@echo "make check   what takes longer: every CPU level, sanitizers, other compilers, many threads (10 minutes)"
 	@echo "make bench   time fastdiff against the published algorithms"
 	@echo "make lint    ruff, ruff format --check, mypy --strict"
 	@echo "make clean   remove .venv, builds and caches"
@@ -42,6 +47,11 @@ demo: $(READY)
 test: $(READY)
 	@$(PY) -m pytest $(ARGS)
 
+check: $(READY)
+	@$(PY) csrc/tests/run.py
+	@$(PY) -m tests.levels
+	@FASTDIFF_TEST_SECONDS=60 $(PY) -m pytest tests/test_concurrency.py
+
 bench: $(READY)
 	@$(PY) -m bench $(ARGS)
 
@@ -51,7 +61,7 @@ lint: $(READY)
 	@$(PY) -m mypy --strict -p fastdiff
 
 clean:
-	@rm -rf .venv build dist *.egg-info fastdiff/_C*.so
+	@rm -rf .venv build dist *.egg-info fastdiff/*.so
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -60,11 +70,17 @@ check-environment:
 	  echo "make: VENV=none uses $(PYTHON) as it is, and the packages above are not in it; leave VENV out to have them installed in .venv" >&2; \
 	  exit 1; }
 
+# A tool that is missing is no error, and setup.py says what is lost; sources that do not compile are one.
+$(READY): $(CPP) setup.py $(if $(filter none,$(VENV)),|) $(INSTALLED)
+	@if $(PY) -c 'import setuptools' 2>/dev/null; then $(PY) setup.py -q build_ops --if-possible --and-module; \
+	  else echo "make: the C++ parts are left as they are: $(PYTHON) has no setuptools to build them with" >&2; fi
+	@mkdir -p build && touch $@
+
 ifneq ($(VENV),none)
 # An environment of the caller's own (VENV=path) keeps the PyTorch that it has and is never emptied.
 OURS := $(filter file,$(origin VENV))
 
-$(READY): pyproject.toml setup.py csrc/module.cpp
+$(INSTALLED): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "make: there is no '$(PYTHON)' (Python 3.10 or later is needed); install it, or name one: make PYTHON=/path/to/python3" >&2; \
 	  exit 1; }
@@ -80,10 +96,8 @@ $(READY): pyproject.toml setup.py csrc/module.cpp
 	  echo "  $(TORCH)"; $(PIP_INSTALL) $(TORCH); fi
 	@if [ -n "$(TRITON)" ] && ! $(PY) -c 'import triton' 2>/dev/null; then \
 	  echo "  $(TRITON)"; $(PIP_INSTALL) $(TRITON); fi
-	@echo "  fastdiff and the tools of its developers"; $(PIP_INSTALL) -e '.[dev]'
-	@cd / && $(abspath $(PY)) -c 'import fastdiff._C' 2>/dev/null || { \
-	  echo "  without the C++ module: it could not be built (a C++17 compiler and the Python headers are needed; on Debian"; \
-	  echo "  and Ubuntu: apt install g++ python3-dev, then make clean). Everything runs, in plain PyTorch; only the C++"; \
-	  echo "  and CPU lines of 'fastdiff env' are lost"; }
+	@echo "  fastdiff and the tools of its developers"
+	@$(PIP_INSTALL) 'setuptools>=77' wheel 'pybind11>=2.12' ninja
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 endif

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # a build backend does not put the project's folder there
 import compilation  # noqa: E402
-from compilation import CannotBuild  # noqa: E402
+from compilation import BuildFailed, CannotBuild  # noqa: E402
 
 LIBRARY = "libfastdiff.so"
 LOST = {
@@ -76,12 +77,18 @@ def build_ops(output: Path) -> None:
 
 
 class BuildOps(Command):  # type: ignore[misc]
-    """Only the ops library, into the source tree: what a developer runs after a change in csrc/."""
+    """The C++ parts, into the source tree: what a developer runs after a change in csrc/. Ends with an error where the
+    sources of the ops do not compile; with --if-possible, a missing tool is none."""
 
     description = "build fastdiff/libfastdiff.so"
-    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = [
+        ("if-possible", None, "where a tool is missing, say what is lost and go on"),
+        ("and-module", None, "fastdiff._C as well"),
+    ]
+    boolean_options: ClassVar[list[str]] = ["if-possible", "and-module"]
 
-    def initialize_options(self) -> None: ...
+    def initialize_options(self) -> None:
+        self.if_possible = self.and_module = False
 
     def finalize_options(self) -> None: ...
 
@@ -89,7 +96,20 @@ class BuildOps(Command):  # type: ignore[misc]
         try:
             build_ops(ROOT / "fastdiff" / LIBRARY)
         except CannotBuild as error:
-            raise SystemExit(f"fastdiff: {error}") from None
+            if not self.if_possible or isinstance(error, BuildFailed):
+                raise SystemExit(f"fastdiff: {error}") from None
+            print(f"fastdiff: {LOST['fastdiff.libfastdiff'].format(reason=error)}", file=sys.stderr)
+        if self.and_module:
+            self._build_module()
+
+    def _build_module(self) -> None:
+        modules = [extension for extension in self.distribution.ext_modules if extension.name == "fastdiff._C"]
+        built = ROOT / "fastdiff" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        sources = [ROOT / name for extension in modules for name in (*extension.sources, *extension.depends)]
+        if not built.exists() or any(source.stat().st_mtime > built.stat().st_mtime for source in sources):
+            self.distribution.ext_modules = modules
+            self.reinitialize_command("build_ext", inplace=True)
+            self.run_command("build_ext")
 
 
 # --- both parts, as setuptools knows them -----------------------------------------------------------------------------
@@ -126,7 +146,8 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
         print(f"fastdiff: {LOST['fastdiff._C'].format(reason='pybind11 is not installed')}", file=sys.stderr)
         return [ops], commands
     sources = ["csrc/module.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/python").glob("*.cpp"))]
-    return [ops, Pybind11Extension("fastdiff._C", sources, cxx_std=17, optional=True)], commands
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/python").glob("*.h"))
+    return [ops, Pybind11Extension("fastdiff._C", sources, depends=headers, cxx_std=17, optional=True)], commands
 
 
 ext_modules, cmdclass = extensions()

@@ -7,6 +7,7 @@
 #include "tensors.h"
 
 STABLE_TORCH_LIBRARY(fastdiff, m) {
+  m.def("denoise_mlp_loop(Tensor? x_t, Tensor weights, int[] widths, int activation, float norm_eps, Tensor cond, Tensor? uncond, float guidance_scale, Tensor time, Tensor coef, bool normalize, Tensor? noise, int first_noise, int seed, Tensor? row_key, Tensor? sample) -> Tensor");
   m.def("denoise_attention_loop(Tensor x_t, Tensor[] blocks, int hidden, int heads, float eps, Tensor cond, Tensor keys_values, Tensor lengths, Tensor pad, Tensor log_pads, Tensor? uniform, float guidance_scale, float input_scale, Tensor time, Tensor coef, bool normalize, Tensor? noise, Tensor? row_key, Tensor? sample, int seed) -> Tensor");
   m.def("philox_normals(int seed, Tensor row_key, Tensor sample, int first_draw, int n_draws, int dim) -> Tensor");
   m.def("sampler_step(Tensor model_output, Tensor x_t, Tensor? noise, float c_out, float c_xt, float c_noise, bool normalize) -> Tensor");

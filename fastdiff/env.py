@@ -1,4 +1,4 @@
-"""What this installation is and can do: versions, devices, and for each backend "yes" or the reason why not."""
+"""What this installation is and can do: versions, devices, the C++ parts, and each backend: "yes", or why not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops.backend import BACKENDS, why_no_op
+from fastdiff.ops.cpu import library
 
 
 def collect() -> dict[str, Any]:
@@ -20,8 +21,10 @@ def collect() -> dict[str, Any]:
 
     versions   fastdiff, python, torch, triton, numpy; None where a package is not installed
     devices    [{"device", "name", ...}], the CPU first
-    threads    of torch
-    extension  {"built": bool, ...}: facts and CPU capabilities of the C++ library, or why it cannot be loaded
+    threads    of torch, which the C++ ops use too
+    cpu_ops    {"built": bool, ...}: the C++ ops' instruction set in use ("level") and those of this machine ("levels",
+               lowest first), or why the ops cannot be used
+    extension  {"built": bool, ...}: facts and CPU capabilities of fastdiff._C, or why it cannot be loaded
     backends   name -> {"available": bool, "why_not": {device: reason}}
     ops        op -> {backend: None or the reason why not}, for the device on which that backend would run
     """
@@ -36,6 +39,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": devices,
         "threads": torch.get_num_threads(),
+        "cpu_ops": _cpu_ops(),
         "extension": _extension(),
         "backends": {backend: _backend(backend, places) for backend in BACKENDS},
         "ops": {
@@ -55,6 +59,15 @@ def report(facts: dict[str, Any]) -> str:
         details = ", ".join(f"{value}" for name, value in device.items() if name != "device")
         lines.append(f"device     {device['device']}: {details}")
     lines.append(f"threads    {facts['threads']} (OMP_NUM_THREADS or torch.set_num_threads changes it)")
+    cpu_ops = facts["cpu_ops"]
+    if cpu_ops["built"]:
+        highest = cpu_ops["levels"][-1]
+        limit = "the highest here" if cpu_ops["level"] == highest else f"the highest here is {highest}"
+        lines.append(
+            f"C++ ops    built; CPU level {cpu_ops['level']} ({limit}; FASTDIFF_CPU_CAPABILITY chooses a lower one)"
+        )
+    else:
+        lines.append(f"C++ ops    not available: {cpu_ops['why_not']}")
     extension = facts["extension"]
     if extension["built"]:
         built = ", ".join(f"{name} {value}" for name, value in extension["facts"].items())
@@ -113,6 +126,13 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpu_ops() -> dict[str, Any]:
+    reason = library.why_not()
+    if reason is not None:
+        return {"built": False, "why_not": reason}
+    return {"built": True, "level": library.capability(), "levels": list(library.available_levels())}
 
 
 def _extension() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -25,7 +26,9 @@ import fastdiff
 from fastdiff.cli import main
 from fastdiff.engine import Engine
 from fastdiff.ops import ALL
+from fastdiff.ops.cpu import library
 from tests.builders import small_engine
+from tests.conftest import ROOT
 
 HISTORIES = {
     "ann": [3, 7, 20],
@@ -679,6 +682,31 @@ def test_env_for_people(run: Run) -> None:
         assert re.search(r"^  cuda     no \(on cpu: it needs a CUDA device, got cpu\)$", out, re.MULTILINE)
     for op in ALL:
         assert re.search(rf"^  {op.name} +yes", out, re.MULTILINE)
+
+
+def test_env_with_and_without_the_cpp_ops(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.why_not() is None:
+        highest = library.available_levels()[-1]
+        with library.at_level("baseline"):
+            facts = json.loads(run("env", "--json")[1])["cpu_ops"]
+            assert facts == {"built": True, "level": "baseline", "levels": list(library.available_levels())}
+            if highest != "baseline":
+                assert f"built; CPU level baseline (the highest here is {highest}; " in run("env")[1]
+        with library.at_level(highest):
+            assert f"built; CPU level {highest} (the highest here; " in run("env")[1]
+    monkeypatch.setattr(library, "why_not", lambda: "they were not built")
+    assert "C++ ops    not available: they were not built\n" in run("env")[1]
+
+
+def test_an_unknown_cpu_level_is_an_error(tmp_path: Path) -> None:
+    if library.why_not() is not None:
+        pytest.skip("the C++ ops are not built")
+    environment = {**os.environ, "FASTDIFF_CPU_CAPABILITY": "avx3", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "fastdiff", "env"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "FASTDIFF_CPU_CAPABILITY: unknown level 'avx3'; known levels: baseline, avx2, " in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_env_with_and_without_the_cpp_part(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,7 @@ MODES = {
         f"{SANITIZED} -fsanitize=address,undefined -fno-sanitize-recover=all", "-fsanitize=address,undefined"
     ),
     "thread": Mode(f"{SANITIZED} -fsanitize=thread", "-fsanitize=thread"),
-    # a warning of clang's about a flag or an attribute that only GCC has is no finding
-    "clang": Mode("-O1", compiler="clang++", runs=False, needs=(("clang++", "clang"),)),
+    "clang": Mode("-O1 -Wuninitialized", compiler="clang++", runs=False, needs=(("clang++", "clang"),)),
     "aarch64": Mode(
         compiler="aarch64-linux-gnu-g++",
         link_flags="-static",

@@ -7,6 +7,7 @@ when an op is first bound to it, never by importing fastdiff.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,7 +26,8 @@ _BUILD = "pip install --no-build-isolation . (a C++17 compiler, torch and ninja 
 
 @cache
 def why_not() -> str | None:
-    """Why the library cannot be used, None where it can; loads it."""
+    """Why the library cannot be used, None where it can; loads it. Raises InvalidArgument where FASTDIFF_CPU_CAPABILITY
+    names no level of this machine."""
     if not LIBRARY.exists():
         return f"the C++ ops were not built with this installation; build them: {_BUILD}"
     try:
@@ -34,14 +36,21 @@ def why_not() -> str | None:
         return f"the C++ ops do not load into this torch ({error}); build them again: {_BUILD}"
     from fastdiff.ops.cpu import fakes  # noqa: F401  what the ops look like to torch.export and torch.compile
 
+    wrong = _symbols().fastdiff_set_cpu_capability(os.environ.get("FASTDIFF_CPU_CAPABILITY", "").encode())
+    if wrong is not None:
+        raise InvalidArgument(bytes(wrong).decode())
     return None
 
 
-@cache
 def _library() -> ctypes.CDLL:
     reason = why_not()
     if reason is not None:
         raise InvalidArgument(f"CPU level: {reason}")
+    return _symbols()
+
+
+@cache
+def _symbols() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     for name in ("fastdiff_cpu_capability", "fastdiff_cpu_highest", "fastdiff_set_cpu_capability"):
         getattr(library, name).restype = ctypes.c_char_p
