@@ -66,7 +66,7 @@ def denoise_mlp_step_ref(
 
 
 def denoise_mlp_loop_ref(
-    x_t: Tensor,
+    x_t: Tensor | None,
     mlp: MLPWeights,
     cond: Tensor,
     uncond: Tensor | None,
@@ -78,7 +78,7 @@ def denoise_mlp_loop_ref(
 ) -> Tensor:
     """Run S steps: output_i = mlp(x_i, cond, time[i]); x_{i+1} = sampler_step(output_i, x_i, noise 1 + i, *coef[i]).
 
-    x_t             [R, D] the start, x_T
+    x_t             [R, D] the start, x_T; None is draw 0 of `noise`
     cond            [R, H] the first layer's share of the condition, with its bias
     uncond          [R, H] or [1, H] the same for the unconditional pass; None where guidance is off or folded in `cond`
     guidance_scale  g of u + g (c - u); used only with `uncond`
@@ -87,10 +87,13 @@ def denoise_mlp_loop_ref(
     noise           draw 1 + i is asked for at step i where coef[i, 2] is not 0
     Returns x_0 [R, D].
     """
+    x_t = noise.draw(0) if x_t is None else x_t
     for i, (c_out, c_xt, c_noise) in enumerate(coef.tolist()):
         output = denoise_mlp_step_ref(x_t, mlp, cond, uncond, guidance_scale, time[i])
         x_t = sampler_step_ref(output, x_t, noise.draw(1 + i) if c_noise else None, c_out, c_xt, c_noise, normalize)
     return x_t
 
 
-denoise_mlp_loop = Op("denoise_mlp_loop", denoise_mlp_loop_ref)
+denoise_mlp_loop = Op(
+    "denoise_mlp_loop", denoise_mlp_loop_ref, {"cpu": "fastdiff.ops.cpu.denoise_mlp_loop:denoise_mlp_loop"}
+)

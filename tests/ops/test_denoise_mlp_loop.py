@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.noise import GivenNoise, Noise, PhiloxNoise
+from fastdiff.noise import GeneratorNoise, GivenNoise, Noise, PhiloxNoise, StartNoise
+from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.denoise_mlp_loop import ACTIVATIONS, MLPWeights, denoise_mlp_loop, denoise_mlp_loop_ref, guided
 from tests.tolerances import FLOOR, assert_agree, relative_error
 
+CPU_MISSING = "cpu" not in denoise_mlp_loop.available("cpu")
 COND = 5  # width of the condition before the first layer
 TIME = 3  # width of the time embedding before the first layer
 
@@ -19,6 +21,12 @@ TIME = 3  # width of the time embedding before the first layer
 @pytest.fixture(params=denoise_mlp_loop.available("cpu"))
 def loop(request):
     return denoise_mlp_loop.bind(request.param, "cpu")
+
+
+def skip_unless_it_runs(loop: BoundOp, dtype: torch.dtype) -> None:
+    reason = denoise_mlp_loop.why_not(loop.backend, "cpu", dtype)
+    if reason:
+        pytest.skip(reason)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_the_network_run_step_by_step(loop, case, dtype):
+    skip_unless_it_runs(loop, dtype)
     made = case.tensors()
     truth = truth_of(case, made)
     given = arguments(case, made, dtype)
@@ -130,7 +139,7 @@ def test_noise_is_asked_for_only_where_it_counts(loop):
             self.asked.append(index)
             return self.rest.draw(index)
 
-    given = list(arguments(LINEAR, LINEAR.tensors(), torch.float64))
+    given = list(arguments(LINEAR, LINEAR.tensors(), torch.float32))
     given[6] = given[6].clone()
     given[6][2, 2] = 0.0
     given[8] = strict = Strict(given[8])
@@ -138,16 +147,115 @@ def test_noise_is_asked_for_only_where_it_counts(loop):
     assert strict.asked == [1, 2, 4, 5, 6]
 
 
-def test_rows_do_not_depend_on_each_other(loop):
+def philox(rows: slice, dtype: torch.dtype, dim: int) -> PhiloxNoise:
+    keys = torch.arange(1000)[rows]
+    return PhiloxNoise(2**63 + 1, keys * keys * 2**40, keys % 3, dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_do_not_depend_on_each_other(loop, dtype):
+    skip_unless_it_runs(loop, dtype)
     case = CASES["many rows"]
-    given = list(arguments(case, case.tensors(), torch.float64))
-    keys = torch.arange(case.rows)
-    together = loop(*given[:8], PhiloxNoise(1, keys, torch.zeros_like(keys), case.dim, torch.float64))
+    given = list(arguments(case, case.tensors(), dtype))
+    together = loop(*given[:8], philox(slice(0, case.rows), dtype, case.dim))
     for row in (0, 5, 36):
-        alone = list(given)
-        alone[0], alone[2] = given[0][row : row + 1], given[2][row : row + 1]
-        alone[8] = PhiloxNoise(1, keys[row : row + 1], torch.zeros(1, dtype=torch.int64), case.dim, torch.float64)
-        assert_agree(loop(*alone), together[row : row + 1], torch.float64)
+        rows = slice(row, row + 1)
+        alone = loop(given[0][rows], given[1], given[2][rows], *given[3:8], philox(rows, dtype, case.dim))
+        assert_agree(alone, together[rows], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_draws_made_inside_are_the_draws_of_the_noise(loop, dtype):
+    """Philox, its start given apart, and any other noise, against the same numbers handed in."""
+    skip_unless_it_runs(loop, dtype)
+    for case in (CASES["many rows"], LINEAR, replace(ONE, dim=50, steps=90, guidance="shared")):
+        given = arguments(case, case.tensors(), dtype)
+        rows = slice(0, case.rows)
+        draws = torch.stack([philox(rows, dtype, case.dim).draw(i) for i in range(case.steps + 1)])
+        truth = loop(draws[0], *given[1:8], GivenNoise(draws))
+        assert_agree(loop(None, *given[1:8], GivenNoise(draws)), truth, dtype)
+        assert_agree(loop(None, *given[1:8], philox(rows, dtype, case.dim)), truth, dtype)
+        assert_agree(loop(draws[0], *given[1:8], philox(rows, dtype, case.dim)), truth, dtype)
+        start = StartNoise(given[0], philox(rows, dtype, case.dim))
+        assert_agree(loop(None, *given[1:8], start), loop(given[0], *given[1:8], GivenNoise(draws)), dtype)
+
+
+def test_draws_of_a_generator_are_taken_in_the_order_of_the_steps(loop):
+    case = replace(LINEAR, steps=9)
+    given = arguments(case, case.tensors(), torch.float32)
+
+    def noise() -> GeneratorNoise:
+        generator = torch.Generator().manual_seed(3)
+        return GeneratorNoise(generator, case.rows, 1, case.dim, torch.float32, torch.device("cpu"))
+
+    assert_agree(loop(None, *given[1:8], noise()), denoise_mlp_loop_ref(None, *given[1:8], noise()), torch.float32)
+
+
+def test_weights_are_told_apart_by_the_object_that_holds_them(loop):
+    """What a backend keeps of one network is never used for another."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        w_in, cond, time = torch.randn(3, 3), torch.randn(2, 3), torch.randn(1, 3)
+        x, coef = torch.randn(2, 3), torch.tensor([[1.0, 0.0, 0.0]]).double()
+        ours = loop(x, MLPWeights(w_in), cond, None, 1.0, time, coef, False, GivenNoise(x[None]))
+        assert_agree(ours, x @ w_in.T + cond + time, torch.float32)
+
+
+@pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(LINEAR, rows=61, dim=64, steps=30),
+        replace(LINEAR, rows=61, dim=50, steps=30, normalize=True),
+        replace(TWO, rows=61, dim=33, steps=9, guidance="shared", activation="gelu"),
+        replace(TWO, rows=61, dim=33, steps=9, guidance="per row", activation="silu", out_norm=True),
+        replace(TWO, rows=61, dim=20, steps=9, activation="tanh"),
+    ],
+    ids=["linear", "sphere", "guided", "norm", "tanh"],
+)
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(case):
+    loop = denoise_mlp_loop.bind("cpu", "cpu")
+    _, mlp, cond, uncond, *rest = arguments(case, case.tensors(), torch.float32)
+    whole = loop(None, mlp, cond, uncond, *rest[:-1], philox(slice(0, case.rows), torch.float32, case.dim))
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for rows in (slice(0, 61), slice(0, 1), slice(60, 61), slice(7, 9), slice(20, 33), slice(3, 50)):
+            null = uncond[rows] if case.guidance == "per row" else uncond
+            part = loop(None, mlp, cond[rows], null, *rest[:-1], philox(rows, torch.float32, case.dim))
+            assert torch.equal(part, whole[rows]), (threads, rows)
+
+
+@pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
+@pytest.mark.parametrize("turn", [lambda x: x, lambda x: x.T.contiguous().T, lambda x: torch.cat([x, x], 1)[:, ::2]])
+def test_opcheck(turn):
+    from fastdiff.ops.cpu.denoise_mlp_loop import _pack
+
+    loop = denoise_mlp_loop.bind("cpu", "cpu")
+    case = replace(ONE, rows=5, dim=8, hidden=(12,), guidance="shared")
+    x, mlp, cond, uncond, scale, time, coef, normalize, noise = arguments(case, case.tensors(), torch.float32)
+    turned = [turn(value) for value in (x, cond, uncond, time)]
+    keys = torch.arange(10)[::2]
+    for given, first, row_key in ((noise.noise, 1, None), (None, 0, keys)):
+        common = (scale, turned[3], coef, normalize, given, first, 7, row_key, row_key)
+        torch.library.opcheck(
+            torch.ops.fastdiff.denoise_mlp_loop.default, (turned[0], *_pack(mlp), turned[1], turned[2], *common)
+        )
+    assert loop.backend == "cpu"
+
+
+@pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
+def test_what_does_not_fit_is_named():
+    loop = denoise_mlp_loop.bind("cpu", "cpu")
+    x, mlp, cond, uncond, scale, time, coef, normalize, noise = arguments(LINEAR, LINEAR.tensors(), torch.float32)
+    rest = (uncond, scale, time, coef, normalize)
+    with pytest.raises(RuntimeError, match=r"denoise_mlp_loop: cond must have shape \[any, 6\] \(got \[4, 5\]\)"):
+        loop(x, mlp, cond[:, :5], *rest, noise)
+    with pytest.raises(RuntimeError, match=r"denoise_mlp_loop: x_t must have shape \[4, 6\] \(got \[3, 6\]\)"):
+        loop(x[:3], mlp, cond, *rest, noise)
+    with pytest.raises(RuntimeError, match=r"noise must hold draws up to number 6 \(got \[4, 4, 6\]\)"):
+        loop(x, mlp, cond, *rest, GivenNoise(noise.noise[:4]))
+    with pytest.raises(RuntimeError, match="denoise_mlp_loop: x_t must be of scalar type"):
+        loop(x.double(), mlp, cond, *rest, noise)
 
 
 def test_guidance_of_one_is_the_conditional_branch():

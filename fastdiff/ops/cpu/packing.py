@@ -50,7 +50,7 @@ def pack_linear(weight: Tensor) -> Tensor:
     """A layer's weight [n_out, n_in] as panels [ceil(n_out / 16), n_in, 16] float32; outputs beyond n_out are 0."""
     n_out, n_in = weight.shape
     whole = F.pad(weight.detach().to(torch.float32), (0, 0, 0, padded(n_out) - n_out))
-    return whole.view(-1, PANEL, n_in).transpose(1, 2).contiguous()
+    return whole.view(whole.shape[0] // PANEL, PANEL, n_in).transpose(1, 2).contiguous()
 
 
 def pack_vector(values: Tensor) -> Tensor:
