@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from bench.cases import PROVIDERS, Case, Options, all_cases
-from bench.harness import Row, Session, append_rows, measure
+from bench.harness import Session, measure
 from bench.machine import QUIET
-from bench.report import headline_table
+from bench.rows import Row, append_rows
+from bench.tables import headline_table
 from bench.timing import Budget
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="only these batch sizes")
     parser.add_argument("--provider", nargs="+", metavar="NAME", help="only these providers")
     parser.add_argument("--list", action="store_true", help="show cases and providers, measure nothing")
-    parser.add_argument("--full", action="store_true", help="heavy cases as well")
+    parser.add_argument("--full", action="store_true", help="heavy cases and providers as well")
     parser.add_argument("--compile", action="store_true", help="torch.compile baselines as well (minutes)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider (default 1)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(given.threads)
 
     only = frozenset(providers) if providers else None
-    session = Session.open(Options(device, given.compile, only), Budget(seconds=given.seconds))
+    session = Session.open(Options(device, given.compile, given.full, only), Budget(seconds=given.seconds))
     path = given.output or RESULTS / f"{device.type}.jsonl"
     rows: list[Row] = []
     for case in cases:
@@ -115,8 +116,9 @@ def _device(name: str) -> torch.device:
 def _list(cases: Sequence[Case]) -> None:
     for name in dict.fromkeys(case.name for case in cases):
         members = [case for case in cases if case.name == name]
-        print(f"{name}: {members[0].setting}")
-        print(f"  providers: {', '.join([*members[0].others, *members[0].ours])}")
+        print(f"{name}: {'; '.join(dict.fromkeys(case.setting for case in members))}")
+        providers = dict.fromkeys(name for case in members for name in (*case.others, *case.ours))
+        print(f"  providers: {', '.join(providers)}")
         for case in members:
             print(f"  {case.id}{'  (only with --full)' if case.heavy else ''}")
     print("providers:")

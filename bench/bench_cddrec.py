@@ -1,4 +1,8 @@
-"""CDDRec at the batch of its authors' evaluation, 128 users coupled as their code couples them: histories to x_0."""
+"""CDDRec, the whole way: from histories to the top 20 of Office Products' 2,419 items, ranked as its authors do.
+
+Users are coupled through the batch as their code couples them (its evaluation runs 128 at a time), and seen items score
+0; both sides are given who has seen what.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,19 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from types import SimpleNamespace
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bench.baselines import compiled, in_float64, load_weights, static_compile
-from bench.cases import (
-    GOLDEN,
-    Absent,
-    Case,
-    Gate,
-    Options,
-    Provider,
-    draw_histories,
-    draw_noise,
-    histories_to,
-    our_models,
-    padded,
-    relative_error,
-)
-from bench.published.cddrec import CDDRecModel
+from bench.baselines import Calls, Wrap, eager_and_compiled, in_float64, load_weights
+from bench.cases import Absent, Case, Options, Provider
+from bench.generate import TOP_K, Truth, our_generate
+from bench.inputs import draw_histories, draw_noise, padded
+from bench.ours import engine_ops
+from bench.published.cddrec import CDDRecModel, published_ranking
 from bench.weights import random_weights
 from fastdiff.config import CDDRecConfig
-from fastdiff.models.base import Model
-from fastdiff.models.cddrec import CDDRec
-from fastdiff.noise import GivenNoise
-from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
 
 
@@ -59,54 +49,53 @@ def published_cddrec(config: CDDRecConfig, weights: dict[str, Tensor], device: t
     return module
 
 
+def embed(model: CDDRecModel, as_loaded: Tensor, draws: Tensor | None = None) -> Tensor:
+    """x_0 `[B, D]`; the published code draws whole [B, L, D] tensors, x_T and the noise of t = 0."""
+    if draws is None:
+        return model.inference(as_loaded)[:, -1]
+    source = cycle(draws)
+    return model.inference(as_loaded, lambda _: next(source))[:, -1]
+
+
+def recommend(model: CDDRecModel, as_loaded: Tensor, seen: Tensor, draws: Tensor | None = None) -> Tensor:
+    rows, _ = published_ranking(embed(model, as_loaded, draws), model.item_embeddings.weight, seen, TOP_K)
+    return torch.from_numpy(rows)
+
+
 def providers(config: CDDRecConfig, batch: int, options: Options) -> Iterator[Provider | Absent]:
     device = options.device
     weights = random_weights(config)
     published = published_cddrec(config, weights, device)
-    drawn = draw_histories(config, batch, "uniform")
-    as_loaded = padded(drawn, config)
-    # the published code draws whole [B, L, D] tensors, x_T and the noise of t = 0, and reads one slot of the second
+    as_loaded = padded(draw_histories(config, batch, "uniform"), config)
     draws = draw_noise(2, batch, config.max_seq_len, config.hidden_size)
+    seen = torch.zeros(batch, config.n_rows, dtype=torch.bool).scatter_(1, as_loaded, True)
+    seen[:, config.pad_id] = False
 
-    def infer(model: CDDRecModel, as_loaded: Tensor, draws: Tensor) -> Tensor:
-        source = cycle(draws)
-        return model.inference(as_loaded, lambda _: next(source))[:, -1]
+    exact = in_float64(published)
+    x_0 = embed(exact, as_loaded, draws.double())
+    table = exact.item_embeddings.weight.detach()
+    cosine = F.normalize(x_0, dim=-1) @ F.normalize(table, dim=-1).T
+    truth = Truth(x_0, cosine.masked_fill(seen, 0.0))
+    as_loaded, draws, seen = as_loaded.to(device), draws.to(device), seen.to(device)
 
-    x_0 = infer(in_float64(published), as_loaded, draws.double())
+    def as_published(wrap: Wrap) -> Calls:
+        module = published_cddrec(config, weights, device)
+        module.conditional_encoder.forward = wrap(module.conditional_encoder.forward)
+        module.decoder.forward = wrap(module.decoder.forward)
+        run = partial(recommend, module, as_loaded, seen)
+        return run, partial(run, draws)
 
-    def check(output: Tensor) -> Gate:
-        return Gate(relative_error(output.cpu(), x_0), GOLDEN, "x_0 of the published model in float64")
-
-    as_loaded, draws = as_loaded.to(device), draws.to(device)
-    yield Provider("published", partial(infer, published, as_loaded, draws), check)
-    missing = compiled(options, "published-compiled")
-    if missing is None:
-        faster = published_cddrec(config, weights, device)
-        faster.conditional_encoder.forward = static_compile(faster.conditional_encoder.forward)
-        faster.decoder.forward = static_compile(faster.decoder.forward)
-        yield Provider("published-compiled", partial(infer, faster, as_loaded, draws), check)
-    else:
-        yield missing
-
-    histories, noise = histories_to(drawn, device), draws[:, :, -1].contiguous()
-    for label, model in our_models(config, weights, device).items():
-        plan = model.plan("one_step")
-
-        def run(model: Model[Any, Any] = model, plan: StepPlan = plan) -> Tensor:
-            condition = model.encode(histories, model.item_table)
-            return model.sample(model.prepare(condition, plan, 1.0), plan, GivenNoise(noise))
-
-        yield Provider("fastdiff", run, check, backend=label)
+    yield from eager_and_compiled("published", as_published, truth.check_rows, options)
+    yield from our_generate(config, weights, device, as_loaded, draws[:, :, -1].contiguous(), truth)
 
 
 def cddrec_case(batch: int, **sizes: int) -> Case:
     config = cddrec_config(**sizes)
-    setting = f"histories to x_0, L = {config.max_seq_len}, D = {config.hidden_size}, coupled batch, draws given"
-    return Case("cddrec", {"batch": batch}, setting, partial(providers, config, batch), CDDRec.ops)
+    setting = (
+        f"histories to the top {TOP_K} of {config.n_items} items, L = {config.max_seq_len}, D = {config.hidden_size}, "
+        "coupled batch, own noise"
+    )
+    return Case("cddrec", {"batch": batch}, setting, partial(providers, config, batch), engine_ops(config))
 
 
-CASES = [cddrec_case(128)]
-
-
-def test_cddrec(contender: Any) -> None:
-    contender()
+CASES = [cddrec_case(batch) for batch in (1, 32, 128, 256)]

@@ -1,4 +1,9 @@
-"""DreamRec, T = 500: the sampler alone, from the encoded condition to x_0, every provider given the same draws."""
+"""DreamRec, T = 500: the sampler alone, from the encoded condition to x_0, each side drawing its own noise.
+
+Ours draws Philox numbers inside the loop, by the user and the seed; the published algorithm draws with torch.randn.
+What is checked is the loop with its Philox draws, against the published chain in float64 that is given the same draws.
+"mlp1" is one linear layer, so the whole chain is also one affine map and one draw: the closed form, equal in law.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.baselines import compiled, in_float64, load_weights, static_compile
-from bench.cases import (
-    GOLDEN,
-    Absent,
-    Case,
-    Gate,
-    Options,
-    Provider,
-    draw_histories,
-    draw_noise,
-    our_models,
-    padded,
-    relative_error,
-)
+from bench.baselines import Calls, Wrap, eager_and_compiled, in_float64, load_weights
+from bench.cases import GOLDEN, Absent, Case, Gate, Options, Provider, relative_error
+from bench.inputs import draw_histories, draw_noise, padded
+from bench.ours import our_models
 from bench.published.dreamrec import Diffusion
 from bench.published.dreamrec import DreamRec as PublishedDreamRec
 from bench.weights import random_weights
@@ -31,21 +26,26 @@ from fastdiff.closed_form import collapse
 from fastdiff.config import DreamRecConfig
 from fastdiff.models.base import Model
 from fastdiff.models.dreamrec import DreamRec
-from fastdiff.noise import GivenNoise
+from fastdiff.noise import PhiloxNoise
+from fastdiff.ops.philox_normals import philox_normals_ref
 from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
 
 GUIDANCE = 3.0
 """DreamRec's w = 2."""
 
+SEED = 7
 PROBE = 2.0**12
-OURS = ("fastdiff", "fastdiff-closed-form")
 
 
-def dreamrec_config(num_train_timesteps: int = 500, hidden_size: int = 64, n_items: int = 12_101) -> DreamRecConfig:
-    """mlp1, a window of 10, the "exp" schedule in float32: the authors' defaults."""
+def dreamrec_config(
+    num_train_timesteps: int = 500, hidden_size: int = 64, n_items: int = 12_101, denoiser: str = "mlp1"
+) -> DreamRecConfig:
+    """A window of 10, the "exp" schedule in float32: the authors' defaults."""
     schedule = ScheduleConfig("exp", num_train_timesteps, arithmetic="float32")
-    return DreamRecConfig(n_items=n_items, hidden_size=hidden_size, max_seq_len=10, schedule=schedule)
+    return DreamRecConfig(
+        n_items=n_items, hidden_size=hidden_size, max_seq_len=10, schedule=schedule, denoiser=denoiser
+    )
 
 
 def published_dreamrec(
@@ -111,6 +111,14 @@ def closed_form_gate(
 # --- providers --------------------------------------------------------------------------------------------------------
 
 
+def our_loop(model: Model[Any, Any], h: Tensor, user: Tensor) -> Tensor:
+    """x_0 `[B, D]`, all steps, the noise of each user drawn inside."""
+    plan = model.plan("ddpm")
+    normals = model.bound["philox_normals"]
+    noise = PhiloxNoise(SEED, user, torch.zeros_like(user), h.shape[1], h.dtype, normals)
+    return model.sample(model.prepare(h, plan, GUIDANCE), plan, noise)
+
+
 def our_closed_form(
     model: Model[Any, Any], plan: StepPlan, h: Tensor
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], float]:
@@ -137,52 +145,44 @@ def providers(config: DreamRecConfig, batch: int, options: Options) -> Iterator[
     histories = draw_histories(config, batch, "uniform")
     with torch.no_grad():
         h = published.condition(padded(histories, config).to(device), histories.lengths.to(device))
-    noise = draw_noise(steps, batch, dim).to(device)
+    user = torch.arange(batch)
+    noise = philox_normals_ref(SEED, user, torch.zeros_like(user), 0, steps, dim)
 
-    h64, noise64 = h.cpu().double(), noise.cpu().double()
-    x_0 = diffusion.sample(truth.forward, truth.forward_uncon, h64, noise64)
+    h64 = h.cpu().double()
+    x_0 = diffusion.sample(truth.forward, truth.forward_uncon, h64, noise.double())
+    noise, user = noise.to(device), user.to(device)
 
     def check(output: Tensor) -> Gate:
         return Gate(relative_error(output.cpu(), x_0), GOLDEN, "x_0 of the published sampler in float64")
 
-    yield Provider("published", partial(diffusion.sample, published.forward, published.forward_uncon, h, noise), check)
-    missing = compiled(options, "published-compiled")
-    if missing is None:
-        networks = static_compile(published.forward), static_compile(published.forward_uncon)
-        yield Provider("published-compiled", partial(diffusion.sample, *networks, h, noise), check)
-    else:
-        yield missing
+    def as_published(wrap: Wrap) -> Calls:
+        sample = partial(diffusion.sample, wrap(published.forward), wrap(published.forward_uncon), h)
+        return sample, partial(sample, noise)
 
-    for label, model in our_models(config, weights, device).items():
-        plan = model.plan("ddpm")
+    yield from eager_and_compiled("published", as_published, check, options)
+    models = our_models(config, weights, device)
+    for label, model in models.items():
+        yield Provider("fastdiff", partial(our_loop, model, h, user), check, backend=label)
 
-        def loop(model: Model[Any, Any] = model, plan: StepPlan = plan) -> Tensor:
-            return model.sample(model.prepare(h, plan, GUIDANCE), plan, GivenNoise(noise))
-
-        yield Provider("fastdiff", loop, check, backend=label)
-
-    if options.wants("fastdiff-closed-form"):
-        mean = diffusion.sample(truth.forward, truth.forward_uncon, h64, torch.zeros_like(noise64))
-        covariance = chain_covariance(diffusion, truth)
-    for label, model in our_models(config, weights, device).items():
-        if not options.wants("fastdiff-closed-form"):
-            break
+    if config.denoiser != "mlp1" or not options.wants("fastdiff-closed-form"):
+        return
+    mean = diffusion.sample(truth.forward, truth.forward_uncon, h64, torch.zeros_like(noise.cpu()).double())
+    covariance, z = chain_covariance(diffusion, truth), draw_noise(batch, dim).to(device)
+    for label, model in models.items():
         closed, setup = our_closed_form(model, model.plan("ddpm"), h)
-        gate = partial(closed_form_gate, closed, h, mean, covariance, z=noise[0])
-        run = partial(closed, h, noise[0])
-        yield Provider("fastdiff-closed-form", run, gate, backend=label, setup=setup)
+        gate = partial(closed_form_gate, closed, h, mean, covariance, z=z)
+        yield Provider("fastdiff-closed-form", partial(closed, h, z), gate, backend=label, setup=setup)
 
 
-def dreamrec_case(batch: int, **sizes: int) -> Case:
-    config = dreamrec_config(**sizes)
-    steps, dim = config.schedule.num_train_timesteps, config.hidden_size
-    setting = f"condition to x_0, T = {steps}, D = {dim}, mlp1, w = 2, draws given"
-    build = partial(providers, config, batch)
-    return Case("dreamrec", {"batch": batch}, setting, build, DreamRec.ops, ours=OURS)
+def dreamrec_case(batch: int, denoiser: str = "mlp1", **sizes: int) -> Case:
+    config = dreamrec_config(denoiser=denoiser, **sizes)
+    setting = (
+        f"condition to x_0, T = {config.schedule.num_train_timesteps}, D = {config.hidden_size}, w = 2, "
+        "own noise, drawn inside"
+    )
+    params: dict[str, int | str] = {"denoiser": denoiser, "batch": batch}
+    ours = ("fastdiff", "fastdiff-closed-form") if denoiser == "mlp1" else ("fastdiff",)
+    return Case("dreamrec", params, setting, partial(providers, config, batch), DreamRec.ops, ours=ours)
 
 
-CASES = [dreamrec_case(batch) for batch in (1, 32, 256)]
-
-
-def test_dreamrec(contender: Any) -> None:
-    contender()
+CASES = [dreamrec_case(batch, denoiser) for denoiser in ("mlp1", "mlp2") for batch in (1, 32, 256)]

@@ -1,94 +1,74 @@
-"""score_topk: the K best of N items for each query, dot product, D = 64.
+"""score_topk: the K best of N items for each query, by dot product.
 
 Ours returns the exact ranking, defined by float64 scores rounded once to float32, ties to the lower row, and is held to
 that: the same rows in the same order. Others are held to scores: place by place, no row may be worse than the best one
-by more than float32 rounding. The same random items and queries serve all: no structure that pruning could use.
+by more than float32 rounding; torch in bfloat16 promises less and is compared apart. The same random items and queries
+serve all: no structure that pruning could use.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from bench.baselines import Faiss, compiled, static_compile, torch_topk, why_no_faiss
-from bench.cases import GOLDEN, Absent, Case, Gate, Options, Provider, bindings, draw_noise, ranking_error
-from fastdiff.ops.score_topk import ScanTable, score_topk
+from bench.baselines import Calls, Wrap, eager_and_compiled
+from bench.cases import Absent, Case, Options, Provider
+from bench.inputs import draw_items, draw_noise
+from bench.retrieval import Faiss, Implicit, torch_topk, usearch_exact, why_not
+from bench.topk import OURS, Answer, our_topk
+from fastdiff.ops.score_topk import score_topk
 
-CHECKED_QUERIES = 8
-OTHERS = ("torch-topk", "torch-topk-compiled", "faiss", "faiss-tuned")
-OURS = ("fastdiff", "fastdiff-bf16-scan")
-
-
-def exact_ranking(query: Tensor, item_emb: Tensor, k: int) -> Tensor:
-    """Rows `[B, k]` by definition: float64 scores summed in index order, rounded to float32, ties to the lower row."""
-    scores = torch.zeros(query.shape[0], item_emb.shape[0], dtype=torch.float64)
-    for i in range(query.shape[1]):
-        scores += query[:, i : i + 1].double() * item_emb[:, i].double()
-    return torch.sort(scores.float(), dim=1, descending=True, stable=True).indices[:, :k]
+OTHERS = (
+    "torch-topk",
+    "torch-topk-compiled",
+    "torch-topk-bf16",
+    "torch-topk-bf16-compiled",
+    "faiss",
+    "faiss-tuned",
+    "implicit",
+    "usearch",
+)
 
 
 def providers(n_items: int, k: int, batch: int, dim: int, options: Options) -> Iterator[Provider | Absent]:
     device = options.device
-    item_emb, query = draw_noise(n_items, dim, seed=3), draw_noise(batch, dim, seed=4)
-    users = torch.arange(0, batch, max(1, batch // CHECKED_QUERIES))
-    truth = exact_ranking(query[users], item_emb, k)
-    scores = query[users].double() @ item_emb.double().T
-    count = partial(Provider, flops=2.0 * batch * n_items * dim)
-    fp32_bytes = 4.0 * n_items * dim
-
-    def close(output: tuple[Tensor, Tensor]) -> Gate:
-        return Gate(ranking_error(output[0].cpu()[users], scores), GOLDEN, "float64 scores, place by place")
-
-    def same(output: tuple[Tensor, Tensor]) -> Gate:
-        wrong = (output[0].cpu()[users] != truth).double().mean()
-        return Gate(float(wrong), 0.0, "the rows of the exact ranking, in order")
-
+    item_emb, query = draw_items(n_items, dim), draw_noise(batch, dim, seed=4)
+    answer = Answer(query, item_emb, k)
+    flops, table_bytes = 2.0 * batch * n_items * dim, 4.0 * n_items * dim
     table, asked = item_emb.to(device), query.to(device)
-    yield count("torch-topk", partial(torch_topk, asked, table, k), close, bytes=fp32_bytes)
-    missing = compiled(options, "torch-topk-compiled")
-    if missing is None:
-        faster = partial(static_compile(torch_topk), asked, table, k)
-        yield count("torch-topk-compiled", faster, close, bytes=fp32_bytes)
-    else:
-        yield missing
 
-    reason = why_no_faiss(device)
-    for name, tuned in (("faiss", False), ("faiss-tuned", True)):
+    def by_torch(asked: Tensor, table: Tensor, wrap: Wrap) -> Calls:
+        return partial(wrap(torch_topk), asked, table, k), None
+
+    make = partial(by_torch, asked, table)
+    yield from eager_and_compiled("torch-topk", make, answer.close, options, flops=flops, bytes=table_bytes)
+    make = partial(by_torch, asked.bfloat16(), table.bfloat16())
+    less = {"flops": flops, "bytes": table_bytes / 2, "arithmetic": "bfloat16", "approximate": True}
+    yield from eager_and_compiled("torch-topk-bf16", make, answer.within_bf16, options, **less)
+
+    packages = {
+        "faiss": ("faiss", lambda: Faiss(item_emb, tuned=False).search),
+        "faiss-tuned": ("faiss", lambda: Faiss(item_emb, tuned=True).search),
+        "implicit": ("implicit", lambda: Implicit(item_emb).search),
+        "usearch": ("usearch", lambda: lambda query, k: usearch_exact(query, item_emb, k)),
+    }
+    for name, (module, build) in packages.items():
+        reason = why_not(module, device)
         if reason is not None:
             yield Absent(name, reason)
         elif options.wants(name):
-            yield count(name, partial(Faiss(item_emb, tuned).search, query, k), close, bytes=fp32_bytes)
+            yield Provider(name, partial(build(), query, k), answer.close, flops=flops, bytes=table_bytes)
 
-    for name, dtype in (("fastdiff", torch.float32), ("fastdiff-bf16-scan", torch.bfloat16)):
-        if not options.wants(name):
-            continue
-        start = time.perf_counter()
-        scan = ScanTable.build(table, dtype)
-        setup = time.perf_counter() - start
-        for label, backend in bindings([score_topk], device).items():
-            op = score_topk.bind(backend, device)
-            run = partial(op, asked, table, k, scan=scan)
-            yield count(name, run, same, backend=label, bytes=fp32_bytes * scan.rows.element_size() / 4, setup=setup)
+    yield from our_topk(asked, table, k, answer.same, options)
 
 
-def score_topk_case(n_items: int, k: int, batch: int, dim: int = 64, heavy: bool = False) -> Case:
-    params: dict[str, int | str] = {"items": n_items, "k": k, "batch": batch}
-    setting = f"queries to the k best items, D = {dim}, float32"
+def score_topk_case(n_items: int, k: int, batch: int, dim: int = 64) -> Case:
+    params: dict[str, int | str] = {"items": n_items, "dim": dim, "k": k, "batch": batch}
     build = partial(providers, n_items, k, batch, dim)
-    return Case("score_topk", params, setting, build, (score_topk,), OTHERS, OURS, heavy)
+    return Case("score_topk", params, "queries to the k best items", build, (score_topk,), OTHERS, OURS)
 
 
-CASES = [
-    score_topk_case(n_items, k, batch, heavy=n_items * batch > 10**8)
-    for n_items, k in ((12_101, 20), (100_000, 100), (1_000_000, 100))
-    for batch in (1, 32, 256)
-]
-
-
-def test_score_topk(contender: Any) -> None:
-    contender()
+SIZES = ((12_101, 64, 20), (100_000, 64, 100), (1_000_000, 64, 100), (1_000_000, 128, 100))
+CASES = [score_topk_case(n_items, k, batch, dim) for n_items, dim, k in SIZES for batch in (1, 32, 256)]

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.config import ModelConfig
-from fastdiff.models import model_class
-from fastdiff.models.base import Histories, Model
-from fastdiff.ops.backend import BACKENDS, Op
+from bench.ours import bindings
+from fastdiff.ops.backend import Op
 
 CPU = torch.device("cpu")
 
@@ -30,12 +28,22 @@ COMPILED = "-compiled"
 PROVIDERS = {
     "published": "the authors' algorithm as published, eager PyTorch",
     "published-compiled": "the same with its networks under torch.compile (only with --compile)",
+    "eager": "the same model in lean eager PyTorch: nothing computed twice or for nothing, no loop over users",
     "torch-topk": "torch.mm of all scores, then torch.topk, eager PyTorch",
     "torch-topk-compiled": "the same under torch.compile (only with --compile)",
+    "torch-topk-bf16": "the same with table, queries and scores in bfloat16: an approximate ranking",
+    "torch-topk-bf16-compiled": "the same under torch.compile (only with --compile)",
     "faiss": "FAISS IndexFlatIP with its defaults (where faiss is installed)",
     "faiss-tuned": "FAISS IndexFlatIP with distance_compute_blas_threshold = 800 (where faiss is installed)",
-    "fastdiff": "fastdiff, once per backend that can run here",
+    "implicit": "implicit.cpu.topk, with its own filter where a case has lists (where implicit is installed)",
+    "usearch": "usearch.index.search(exact=True) by inner product (where usearch is installed)",
+    "fastdiff": "fastdiff, once per backend that can run here; backend torch is the best eager PyTorch we could write",
+    "fastdiff-compiled": "fastdiff[torch] under torch.compile, counted among the others (only with --compile)",
     "fastdiff-bf16-scan": "fastdiff, scanning a bfloat16 copy of the table; the answer is the same, bit for bit",
+    "fastdiff-int8-scan": "fastdiff, scanning an int8 copy of the table; the answer is the same, bit for bit",
+    "fastdiff-no-lists": "fastdiff, the same call without lists; shown beside the others, not compared with them",
+    "fastdiff-bf16-scan-no-lists": "the same of a bfloat16 scan",
+    "fastdiff-int8-scan-no-lists": "the same of an int8 scan",
     "fastdiff-closed-form": "fastdiff with scheduler='closed_form': the chain as one draw, equal in law",
 }
 
@@ -54,16 +62,32 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a provider returns that measures itself, in a process of its own for instance.
+
+    seconds     of the one call          peak_bytes  how much memory it needed beyond what was there before it
+    """
+
+    output: Any
+    seconds: float
+    peak_bytes: float | None = None
+
+
+@dataclass(frozen=True)
 class Provider:
     """One way to solve a case.
 
-    name        a key of `PROVIDERS`
-    run         the call that is timed
-    check       what it returns -> `Gate`
-    gated       the call whose output is checked, where `run` draws its own noise: the same call with its draws given
-    backend     "eager" for others; for fastdiff, what its ops run on
+    name         a key of `PROVIDERS`
+    run          the call that is timed
+    check        what it returns -> `Gate`
+    gated        the call whose output is checked, where `run` draws its own noise: the same call with its draws given
+    backend      "eager" for others; for fastdiff, what its ops run on
     flops, bytes  of one call, where the problem itself fixes them; else flops of matrix products are counted
-    setup       seconds that were spent once, before any call, and would be spent at load
+    arithmetic   of those flops: a key of the ceilings, "float32", "bfloat16" or "int8"
+    setup        seconds that were spent once, before any call, and would be spent at load
+    once         so slow, or measuring itself (`Measured`), that it is run once
+    approximate  its promise is less than the case asks of others: shown, and compared apart
+    aside        solves another problem than the case's, shown for comparison only
     """
 
     name: str
@@ -73,7 +97,11 @@ class Provider:
     backend: str = "eager"
     flops: float | None = None
     bytes: float | None = None
+    arithmetic: str = "float32"
     setup: float | None = None
+    once: bool = False
+    approximate: bool = False
+    aside: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in PROVIDERS:
@@ -111,10 +139,19 @@ class Options:
 
     device: torch.device = CPU
     compile: bool = False
+    full: bool = False
     only: frozenset[str] | None = None
 
     def wants(self, name: str) -> bool:
         return self.only is None or name in self.only
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A figure that others report for the same work on their machine: shown, never compared in a table."""
+
+    source: str
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -137,6 +174,7 @@ class Case:
     others: tuple[str, ...] = ("published", "published-compiled")
     ours: tuple[str, ...] = ("fastdiff",)
     heavy: bool = False
+    citation: Citation | None = None
 
     @property
     def id(self) -> str:
@@ -166,81 +204,11 @@ def relative_error(output: Tensor, truth: Tensor) -> float:
 
 def ranking_error(rows: Tensor, scores: Tensor) -> float:
     """How much worse the rows `[B, K]` are, place by place, than the best K of the float64 `scores [B, N]`, relative to
-    the largest magnitude. 0 where they are the best K in order, or differ from them inside ties only."""
+    the largest magnitude. 0 where they are the best K in order, or differ from them inside ties only. Rows whose score
+    is -inf may not be returned."""
     if bool((rows < 0).any()) or any(len(set(row)) < len(row) for row in rows.tolist()):
         return math.inf
-    best = scores.topk(rows.shape[1], dim=1).values
-    return float((best - scores.gather(1, rows)).abs().max() / scores.abs().max())
-
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
-
-
-def draw_lengths(batch: int, law: str, window: int, generator: torch.Generator) -> Tensor:
-    """Lengths of histories `[B]` int64. "full": the window. "uniform": 1 .. window. "beauty": 3 plus a geometric law,
-    mean 7, cut to the window, close to Amazon Beauty's."""
-    if law == "full":
-        return torch.full((batch,), window)
-    if law == "uniform":
-        return torch.randint(1, window + 1, (batch,), generator=generator)
-    if law == "beauty":
-        extra = torch.empty(batch).exponential_(1 / 4.5, generator=generator).floor().long()
-        return (3 + extra).clamp(max=window)
-    raise ValueError(f"draw_lengths: law must be full, beauty or uniform (got {law!r})")
-
-
-def draw_histories(config: ModelConfig, batch: int, law: str, seed: int = 1) -> Histories:
-    """Left-aligned rows of real items, as models take them."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = draw_lengths(batch, law, config.max_seq_len, generator)
-    low = config.first_item_row
-    items = torch.randint(low, low + config.n_items, (batch, int(lengths.max())), generator=generator)
-    inside = torch.arange(items.shape[1]) < lengths[:, None]
-    return Histories(torch.where(inside, items, config.pad_id), lengths)
-
-
-def padded(histories: Histories, config: ModelConfig) -> Tensor:
-    """`[B, L]` int64 as the authors' data loaders hand it over: padded to the window on the model's own side."""
-    window, width = config.max_seq_len, histories.items.shape[1]
-    items = torch.full((histories.batch_size, window), config.pad_id)
-    places = torch.arange(width).expand_as(histories.items)
-    if config.pad_side == "left":
-        places = places + window - histories.lengths[:, None]
-    inside = torch.arange(width) < histories.lengths[:, None]
-    users = torch.arange(histories.batch_size)[:, None].expand_as(places)
-    items[users[inside], places[inside]] = histories.items[inside]
-    return items
-
-
-def histories_to(histories: Histories, device: torch.device) -> Histories:
-    return Histories(histories.items.to(device), histories.lengths.to(device))
-
-
-def draw_noise(*shape: int, seed: int = 2) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --- ours -------------------------------------------------------------------------------------------------------------
-
-
-def bindings(ops: Iterable[Op], device: torch.device) -> dict[str, str]:
-    """Each different way to run `ops` here: label -> the backend to ask for.
-
-    A backend is listed where it has all of the ops; "auto" where it mixes backends, its label saying how.
-    """
-    ops = list(ops)
-    ways = {name: name for name in BACKENDS if all(op.why_not(name, device) is None for op in ops)}
-    chosen = {op.name: op.bind("auto", device).backend for op in ops}
-    if len(set(chosen.values())) > 1:
-        ways["auto: " + ", ".join(f"{name} {backend}" for name, backend in sorted(chosen.items()))] = "auto"
-    return ways
-
-
-def our_models(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> dict[str, Model[Any, Any]]:
-    """The model of `config` once per way to run it: label -> model."""
-    kind = model_class(config.method)
-    placed = {name: weight.to(device) for name, weight in weights.items()}
-    return {
-        label: kind(config, placed, {op.name: op.bind(backend, device) for op in kind.ops})
-        for label, backend in bindings(kind.ops, device).items()
-    }
+    best, given = scores.topk(rows.shape[1], dim=1).values, scores.gather(1, rows)
+    if not bool(given.isfinite().all()):
+        return math.inf
+    return float((best - given).abs().max() / scores[scores.isfinite()].abs().max())

@@ -1,7 +1,4 @@
-"""`pytest bench/ --benchmark-only`: the cases of `python -m bench` under pytest-benchmark, each checked before timing.
-
-Every `bench_*.py` has one test, which runs once per case of its `CASES` and provider.
-"""
+"""`pytest bench/ --benchmark-only`: the cases of `python -m bench` under pytest-benchmark, checked before timing."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import COMPILED, Absent, Case, Options
+from bench.cases import COMPILED, Absent, Case, Options, all_cases
 from bench.harness import Checked, check
 from bench.timing import Budget
 
@@ -23,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
         pairs = [
             pytest.param((case, label), id=f"{case.id}/{label}")
-            for case in metafunc.module.CASES
+            for case in all_cases()
             if not case.heavy
             for label in case.labels(OPTIONS)
             if OPTIONS.compile or not label.endswith(COMPILED)
@@ -50,9 +47,12 @@ def contender(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], No
     assert isinstance(case, Case)
 
     def run() -> None:
-        one = _checked(case.id, case.build)[label]
+        found = _checked(case.id, case.build)
+        one = found.get(label) or found[label.partition("[")[0]]
         if isinstance(one, Absent):
             pytest.skip(one.reason)
+        if one.timing is not None:
+            pytest.skip("it is run once only; python -m bench measures it")
         gate = one.gate
         if not gate.passed:
             pytest.fail(f"WRONG: error {gate.error:.2g} > {gate.tolerance:g} against {gate.against}")

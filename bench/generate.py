@@ -1,43 +1,68 @@
 """The whole way, from histories to the ids of the top K: what the `bench_*` files of whole models share.
 
-Both sides get histories as one padded integer tensor and return the K best rows under the authors' ranking (every row
-of the table, pad row included, nothing filtered), so that their answers can be compared. Ours goes through
-`Engine.generate`, with its checks of the input, and draws Philox noise; the published algorithm draws with torch.randn.
+Both sides get histories as one padded integer tensor and return the K best rows, each by its own noise; what is checked
+is the same call with its draws given. Ours goes through `Engine.generate`, with its checks of the input, and draws
+Philox noise; others draw with torch.randn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.cases import GOLDEN, Gate, bindings, ranking_error, relative_error
-from fastdiff.checkpoint import Checkpoint
+from bench.cases import GOLDEN, Gate, Provider, ranking_error, relative_error
+from bench.ours import our_engines
 from fastdiff.config import GenerationConfig, ModelConfig
-from fastdiff.engine import Engine, GenerateOutput
-from fastdiff.models import model_class
-from fastdiff.ops.score_topk import score_topk
+from fastdiff.engine import GenerateOutput
+
+TOP_K = 20
 
 
-def our_engines(
-    config: ModelConfig, generation_config: GenerationConfig, weights: dict[str, Tensor], device: torch.device
-) -> dict[str, Engine]:
-    """An engine per way to run the model's ops and the ranking: label -> engine."""
-    checkpoint = Checkpoint(config, generation_config, weights)
-    ops = [*model_class(config.method).ops, score_topk]
-    return {
-        label: Engine.from_checkpoint(checkpoint, device=device, backend=backend)
-        for label, backend in bindings(ops, device).items()
-    }
+class Truth:
+    """The embeddings of the published model in float64, and the scores `[B, rows]` that it ranks by."""
+
+    def __init__(self, x_0: Tensor, scores: Tensor, what: str = "x_0 and the scores of the published model") -> None:
+        self.x_0, self.scores, self.against = x_0, scores, f"{what} in float64"
+
+    def check_rows(self, rows: Tensor) -> Gate:
+        """Of a provider that returns rows `[B, K]` only."""
+        return Gate(ranking_error(rows.cpu(), self.scores), GOLDEN, self.against)
+
+    def check_output(self, output: GenerateOutput) -> Gate:
+        """Of ours: embeddings and ids, for the first users where the truth is known of those only."""
+        assert output.embeddings is not None
+        rows: Any = output.item_ids
+        count = len(self.x_0)
+        errors = [
+            relative_error(output.embeddings[:count].cpu(), self.x_0),
+            ranking_error(rows[:count].cpu(), self.scores),
+        ]
+        return Gate(max(errors), GOLDEN, self.against)
 
 
-def generate_gate(output: GenerateOutput, x_0: Tensor, table: Tensor, against: str) -> Gate:
-    """Embeddings against the truth `x_0 [B, D]`, and the ids against the scores that it gives; both float64."""
-    assert output.embeddings is not None
-    rows: Any = output.item_ids
-    errors = [
-        relative_error(output.embeddings.cpu(), x_0),
-        ranking_error(rows.cpu(), x_0 @ table.cpu().double().T),
-    ]
-    return Gate(max(errors), GOLDEN, against)
+def best_rows(scores: Callable[..., Tensor], *inputs: Any, **keywords: Any) -> Tensor:
+    """Rows of the `TOP_K` highest of the scores `[B, rows]` that a function gives."""
+    return torch.topk(scores(*inputs, **keywords), TOP_K, dim=1).indices
+
+
+def our_generate(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    states: Tensor,
+    noise: Tensor,
+    truth: Truth,
+    name: str = "fastdiff",
+    generation_config: GenerationConfig | None = None,
+    ranking: str = "published",
+    **arguments: Any,
+) -> Iterator[Provider]:
+    """`Engine.generate`, once per way to run it. With `noise` it must give `truth`; it is timed with its own draws."""
+    for label, engine in our_engines(config, weights, device, generation_config).items():
+        run = partial(engine.generate, states, top_k=TOP_K, ranking=ranking, **arguments)
+        given = partial(run, noise=noise, output_embeddings=True)
+        yield Provider(name, partial(run, seed=0), truth.check_output, given, backend=label)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import time
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,56 @@ QUIET = 0.2
 """Cores that others may use before a row counts as noisy."""
 
 
+ISA_FLAGS = {
+    "avx512f": "AVX512",
+    "avx512_bf16": "BF16",
+    "avx512_vnni": "VNNI",
+    "amx_tile": "AMX",
+    "sve": "SVE",
+    "asimd": "NEON",
+}
+"""Flags of /proc/cpuinfo that decide how fast a row can be -> what the machine line calls them."""
+
+PACKAGES = ("numpy", "faiss-cpu", "implicit", "usearch")
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """The machine and the versions, ready for JSON."""
     values: dict[str, Any] = {
         "device": str(device),
-        "cpu": _cpu_model(),
+        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "isa": _isa(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "simd": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": _versions(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
+    if "FASTDIFF_CPU_CAPABILITY" in os.environ:
+        values["forced"] = os.environ["FASTDIFF_CPU_CAPABILITY"]
     if device.type == "cuda":
         values["gpu"] = torch.cuda.get_device_name(device)
         values["cuda"] = torch.version.cuda
     return values
 
 
+def identity(machine: dict[str, Any]) -> str:
+    """What rows must share to be put into one table: the hardware, the instructions used, and the threads."""
+    where = f"{machine['gpu']}, " if "gpu" in machine else ""
+    forced = f", fastdiff held to {machine['forced']}" if "forced" in machine else ""
+    return (
+        f"{where}{machine['cpu']} ({machine['cores']} cores, {machine.get('isa') or machine['simd']}), "
+        f"{machine['threads']} threads{forced}"
+    )
+
+
 def describe(machine: dict[str, Any]) -> str:
     """The machine line that stands beside every figure."""
-    where = f"{machine['gpu']}, " if "gpu" in machine else ""
-    return (
-        f"{where}{machine['cpu']} ({machine['cores']} cores, {machine['simd']}), {machine['threads']} threads, "
-        f"torch {machine['torch']}, Python {machine['python']}"
-    )
+    return f"{identity(machine)}, torch {machine['torch']}, Python {machine['python']}"
 
 
 @cache
@@ -61,13 +86,30 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _cpu_model() -> str:
+def _cpu_info(field: str) -> str:
+    """The first entry of a field of /proc/cpuinfo; "" where there is none."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def _isa() -> str:
+    flags = set((_cpu_info("flags") or _cpu_info("Features")).split())
+    named = [name for flag, name in ISA_FLAGS.items() if flag in flags]
+    return " ".join(named) or torch.backends.cpu.get_cpu_capability()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 # --- who else is using it ---------------------------------------------------------------------------------------------
@@ -111,32 +153,3 @@ def _usage() -> tuple[float, float, float] | None:
     busy = (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return time.perf_counter(), busy, sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-# --- the roof ---------------------------------------------------------------------------------------------------------
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """The machine's own limits, measured in about a second: float32 GFLOP/s of a large matrix product, and GB/s read
-    from memory by a sum over a tensor that no cache holds."""
-    size, words = (8192, 1 << 30) if device.type == "cuda" else (1536, 1 << 26)
-    a = torch.ones(size, size, device=device)
-    big = torch.ones(words, device=device)
-    matmul = _best_seconds(lambda: a @ a, device)
-    read = _best_seconds(lambda: big.sum(), device)
-    return {"gflops": 2 * size**3 / matmul / 1e9, "gbps": 4 * words / read / 1e9}
-
-
-def _best_seconds(call: Any, device: torch.device, repeats: int = 7) -> float:
-    def finished() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    call()
-    best = float("inf")
-    for _ in range(repeats):
-        start = finished()
-        call()
-        best = min(best, finished() - start)
-    return best

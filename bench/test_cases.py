@@ -1,0 +1,9 @@
+"""Every case and provider, for pytest-benchmark: `pytest bench/ --benchmark-only -k "adrec and batch=32"`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def test_case(contender: Callable[[], None]) -> None:
+    contender()
