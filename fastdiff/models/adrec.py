@@ -20,16 +20,14 @@ What is constant over the steps is computed once. Attention is causal and the sl
 encoder, the denoiser's prefix and its keys and values do not change: a step is one token. Of the prefix in the
 denoiser's last block only keys and values are needed; of the encoder's last block, under the MLP decoder, one row.
 
-Padding. The authors' mask replaces the scores of masked QUERY rows, so real slots attend to the pads before them, and a
-pad slot attends evenly to the slots up to itself, all of them pads. So in every layer the pad slots of all users hold
-one and the same vector, which depends on weights only, and are one key with log(number of pads) added to its logit.
-An empty history's last slot is a pad itself: it attends evenly to L - 1 pads and to itself.
+Padding. A real slot attends to the pads before it; `fastdiff.ops.causal_transformer` says how, and why all of a user's
+pads are one key.
 
 Shapes: B users, L window, n longest history of the batch, D hidden, H heads, G passes (2 under guidance), S steps,
 R = B x samples rows, N tokens of all prefixes together (packed, without padding).
 
-    encode   items [B, n] -> c_last [B, D]; conditions and targets of the prefixes [N, D]
-    prepare  keys [blocks, G, B, H, D / H, P], values alike, P = 1 pad key + n - 1 items; time [S, D]
+    encode   items [B, n] -> conditions [N, D] of all slots, c_last [B, D]
+    prepare  keys and values of the slots before the last, [blocks, G, N - B, 2 D]; time [S, D]
     denoise  x_t [R, D] -> x_start [R, D]
 
 Weights (the authors' names; * is a block number):
@@ -50,7 +48,6 @@ update, x on the unit sphere; the sinusoids are float32 whatever the dtype of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,40 +56,29 @@ from torch import Tensor
 
 from fastdiff.config import ADRecConfig
 from fastdiff.models.base import Histories, Model, OnStep, Weights
-from fastdiff.models.layers import RaggedRows, attend, sinusoidal_embedding, split_heads
+from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.denoise_attention_loop import (
-    BlockWeights,
-    CausalPrefix,
-    denoise_attention_loop,
-    denoise_attention_step_ref,
-)
+from fastdiff.ops.causal_transformer import BlockWeights, Pads
+from fastdiff.ops.denoise_attention_loop import CausalPrefix, denoise_attention_loop, denoise_attention_step_ref
 from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
-from fastdiff.ops.philox_normals import philox_normals
-from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.ops.encode_causal_history import encode_causal_history
+from fastdiff.ops.prepare_causal_prefix import prepare_causal_prefix
 from fastdiff.plan import StepPlan
 
 NORM_EPS = 1e-12
 MLP_NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class CleanSlots:
-    """The slots before the last one: condition and target, both [N, D], packed as `rows` says."""
-
-    rows: RaggedRows
-    condition: Tensor
-    target: Tensor
+_PLANS_KEPT = 64  # as many as the engine keeps
 
 
 @dataclass(frozen=True)
 class ADRecCondition:
-    """lengths [B]; last [B, D], c at the denoised slot; the clean slots, where the decoder attends to them."""
+    """What was encoded; rows [N, D], c at every slot, packed (none under the MLP decoder); last [B, D], at the last."""
 
-    lengths: Tensor
+    histories: Histories
+    item_table: Tensor
+    rows: Tensor
     last: Tensor
-    clean: CleanSlots | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +106,7 @@ ADRecState = AttentionState | MLPState
 class ADRec(Model[ADRecCondition, ADRecState]):
     """ADRec with either decoder; see the module's docstring."""
 
-    ops = (sampler_step, philox_normals, denoise_mlp_loop, denoise_attention_loop)
+    ops = (*Model.ops, encode_causal_history, prepare_causal_prefix, denoise_mlp_loop, denoise_attention_loop)
     item_table_key = "item_embedding.weight"
     config: ADRecConfig
 
@@ -130,10 +116,12 @@ class ADRec(Model[ADRecCondition, ADRecState]):
         self.clean_time = self.lambda_ * self.time_embedding(torch.zeros(1, device=self.device))[0]
         pad_item = self.item_table[config.pad_id]
 
-        self.encoder = [
+        self.hist_norm = (weights["hist_norm.weight"], weights["hist_norm.bias"], NORM_EPS)
+        self.encoder = tuple(
             _block(weights, f"{_ENCODER}.{layer}", config.n_heads) for layer in range(config.n_encoder_layers)
-        ]
-        self.encoder_pads = _PadChain(self.encoder, self.normed(pad_item).unsqueeze(0))
+        )
+        self.encoder_pads = Pads.of(self.encoder, self.normed(pad_item).unsqueeze(0))
+        self._times: dict[bytes, Tensor] = {}
         if config.decoder == "mlp":
             self.mlp = self._mlp()
             return
@@ -142,7 +130,7 @@ class ADRec(Model[ADRecCondition, ADRecState]):
         )
         pad_input = self.lambda_ * self.target(pad_item) + self.clean_time
         with_condition = self.encoder_pads.output[0] + pad_input
-        self.decoder_pads = _PadChain(self.decoder, torch.stack([with_condition, pad_input]))
+        self.decoder_pads = Pads.of(self.decoder, torch.stack([with_condition, pad_input]))
 
     @classmethod
     def weight_shapes(cls, config: ADRecConfig) -> dict[str, tuple[int, ...]]:
@@ -175,8 +163,7 @@ class ADRec(Model[ADRecCondition, ADRecState]):
 
     def normed(self, embeddings: Tensor) -> Tensor:
         """The history stream: LN(E[s])."""
-        weight, bias = self.weights["hist_norm.weight"], self.weights["hist_norm.bias"]
-        return F.layer_norm(embeddings, embeddings.shape[-1:], weight, bias, NORM_EPS)
+        return F.layer_norm(embeddings, embeddings.shape[-1:], *self.hist_norm)
 
     def target(self, embeddings: Tensor) -> Tensor:
         """The target stream: E[s], on the unit sphere where the model is geodesic."""
@@ -206,77 +193,52 @@ class ADRec(Model[ADRecCondition, ADRecState]):
     # --- the protocol -------------------------------------------------------------------------------------------------
 
     def encode(self, histories: Histories, item_table: Tensor) -> ADRecCondition:
-        lengths, width = histories.lengths, histories.items.shape[1]
-        rows = RaggedRows.of(lengths, width)
-        embeddings = item_table[rows.pack(histories.items)]
-        log_pads = torch.log((self.config.max_seq_len - lengths).to(self.dtype))
-        bias = _causal_bias(log_pads, width)
-        only_last = self.config.decoder == "mlp"
-
-        hidden = self.normed(embeddings)
-        blocks = self.encoder[:-1] if only_last else self.encoder
-        for layer, block in enumerate(blocks):
-            hidden, _, _ = _run_block(block, hidden, rows, self.encoder_pads.keys_values[layer], bias)
-        if only_last:
-            return ADRecCondition(lengths, self._last_row(rows, hidden, log_pads))
-
-        # slot j holds the item of slot j + 1, so a history of n items has n - 1 clean ones
-        shorter = RaggedRows.of((lengths - 1).clamp(min=0), max(width - 1, 0))
-        clean = CleanSlots(
-            shorter,
-            condition=shorter.pack(rows.pad(hidden)[:, : shorter.width]),
-            target=shorter.pack(self.target(rows.pad(embeddings)[:, 1:])),
+        rows, last = self.bound["encode_causal_history"](
+            histories.items,
+            histories.lengths,
+            item_table,
+            self.hist_norm,
+            self.encoder,
+            self.encoder_pads,
+            self.config.max_seq_len,
+            self.config.decoder == "mlp",
         )
-        return ADRecCondition(lengths, rows.last(hidden, self.encoder_pads.output[0]), clean)
-
-    def _last_row(self, rows: RaggedRows, hidden: Tensor, log_pads: Tensor) -> Tensor:
-        """The encoder's last block for the last slot of each user only: one query over all of the user's keys."""
-        block, pads = self.encoder[-1], self.encoder_pads
-        keys_values = rows.pad(block.keys_values(hidden))
-        key, value = _with_pad_key(keys_values, pads.keys_values[-1], block.n_heads)
-        last = rows.last(hidden, pads.inputs[-1][0])
-        query = split_heads(block.queries(last).unsqueeze(1), block.n_heads)
-        bias = _key_bias(log_pads, rows.lengths, rows.width)[:, None, None, :]
-        return block.finish(last, attend(query, key, value, bias).squeeze(1))
+        return ADRecCondition(histories, item_table, rows, last)
 
     def prepare(self, condition: ADRecCondition, plan: StepPlan, guidance_scale: float) -> ADRecState:
-        timesteps = self.timesteps_of(plan, 0, self.schedule.num_train_timesteps)
-        time = self.lambda_ * self.time_embedding(timesteps)
-        if condition.clean is not None:
-            prefix = self._prefix(condition, condition.clean, 1 if guidance_scale == 1.0 else 2)
+        time = self._time_of(plan)
+        if self.config.decoder == "attention":
+            prefix = self.bound["prepare_causal_prefix"](
+                condition.rows,
+                condition.last,
+                condition.histories.items,
+                condition.histories.lengths,
+                condition.item_table,
+                self.lambda_,
+                self.config.geodesic,
+                self.clean_time,
+                self.decoder,
+                self.decoder_pads,
+                self.config.max_seq_len,
+                guidance_scale != 1.0,
+            )
             return AttentionState(prefix, time, guidance_scale)
         w_in, b_in = self.weights["diffu.net.decoder.0.weight"], self.weights["diffu.net.decoder.0.bias"]
         uncond = None if guidance_scale == 1.0 else b_in.unsqueeze(0)
-        return MLPState(F.linear(condition.last, w_in, b_in), uncond, time @ w_in.T, guidance_scale)
+        return MLPState(F.linear(condition.last, w_in, b_in), uncond, time, guidance_scale)
 
-    def _prefix(self, condition: ADRecCondition, clean: CleanSlots, branches: int) -> CausalPrefix:
-        """Keys and values of the clean slots in every block of the denoiser, for its one or two passes."""
-        rows, lengths = clean.rows, condition.lengths
-        users = lengths.shape[0]
-        # an empty history's last slot is one of its L pads, and the prefix holds the others
-        log_pads = torch.log((self.config.max_seq_len - lengths.clamp(min=1)).to(self.dtype))
-        bias = _causal_bias(log_pads, rows.width).repeat(branches, 1, 1, 1)
-        uncond = self.lambda_ * clean.target + self.clean_time
-        hidden = torch.cat([clean.condition + uncond, uncond][:branches])
-        all_rows = rows.repeat(branches)
-
-        keys, values = [], []
-        for layer, block in enumerate(self.decoder):
-            pad = self.decoder_pads.keys_values[layer][:branches].repeat_interleave(users, dim=0)
-            if layer < len(self.decoder) - 1:
-                hidden, key, value = _run_block(block, hidden, all_rows, pad, bias)
-            else:
-                key, value = _with_pad_key(all_rows.pad(block.keys_values(hidden)), pad, block.n_heads)
-            keys.append(key.transpose(-1, -2))
-            values.append(value)
-        empty = lengths == 0
-        return CausalPrefix(
-            cond=torch.stack([condition.last, torch.zeros_like(condition.last)][:branches]),
-            keys=_by_branch(keys, branches),
-            values=_by_branch(values, branches),
-            key_bias=_key_bias(log_pads, rows.lengths, rows.width),
-            uniform=empty if bool(empty.any()) else None,
-        )
+    def _time_of(self, plan: StepPlan) -> Tensor:
+        """lambda tau(t) [S, D] of each step, or what the MLP decoder's first layer makes of it [S, 4 D]."""
+        key = plan.timesteps.numpy().tobytes()
+        time = self._times.get(key)
+        if time is None:
+            time = self.lambda_ * self.time_embedding(self.timesteps_of(plan, 0, self.schedule.num_train_timesteps))
+            if self.config.decoder == "mlp":
+                time = time @ self.weights["diffu.net.decoder.0.weight"].T
+            if len(self._times) >= _PLANS_KEPT:
+                self._times.clear()
+            self._times[key] = time
+        return time
 
     def repeat(self, state: ADRecState, num_samples: int) -> ADRecState:
         if isinstance(state, AttentionState):
@@ -305,67 +267,6 @@ class ADRec(Model[ADRecCondition, ADRecState]):
                 x_t, self.mlp, state.cond, state.uncond, scale, state.time, plan.coef, plan.normalize, noise
             )
         return x_0
-
-
-# --- attention over one pad key and a user's items --------------------------------------------------------------------
-
-
-class _PadChain:
-    """The vector that all pad slots share, block by block, for G passes.
-
-    A pad slot attends evenly to pads only, so what it gathers is their common value.
-
-    inputs [blocks] of [G, D]    keys_values [blocks] of [G, 2 D]    output [G, D]
-    """
-
-    def __init__(self, blocks: Sequence[BlockWeights], hidden: Tensor) -> None:
-        dim = hidden.shape[-1]
-        self.inputs: list[Tensor] = []
-        self.keys_values: list[Tensor] = []
-        for block in blocks:
-            self.inputs.append(hidden)
-            self.keys_values.append(block.keys_values(hidden))
-            hidden = block.finish(hidden, self.keys_values[-1][:, dim:])
-        self.output = hidden
-
-
-def _run_block(
-    block: BlockWeights, hidden: Tensor, rows: RaggedRows, pad: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A block over packed rows [N, D]; also its keys and values [B, H, 1 + n, D / H]. pad as in `_with_pad_key`."""
-    dim = hidden.shape[-1]
-    qkv = rows.pad(block.project(hidden))
-    key, value = _with_pad_key(qkv[..., dim:], pad, block.n_heads)
-    gathered = attend(split_heads(qkv[..., :dim], block.n_heads), key, value, bias)
-    return block.finish(hidden, rows.pack(gathered)), key, value
-
-
-def _with_pad_key(keys_values: Tensor, pad: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, 1 + n, D / H], the pad's in front. keys_values [B, n, 2 D]   pad [B or 1, 2 D]"""
-    first = pad.unsqueeze(1).expand(keys_values.shape[0], -1, -1)
-    key, value = torch.cat([first, keys_values], dim=1).chunk(2, dim=-1)
-    return split_heads(key, n_heads), split_heads(value, n_heads)
-
-
-def _by_branch(per_block: list[Tensor], branches: int) -> Tensor:
-    """Blocks of [G B, H, ..] as one contiguous [blocks, G, B, H, ..]."""
-    stacked = torch.stack(per_block)
-    return stacked.view(len(per_block), branches, stacked.shape[1] // branches, *stacked.shape[2:])
-
-
-def _causal_bias(log_pads: Tensor, width: int) -> Tensor:
-    """[B, 1, n, 1 + n]: log(number of pads) on the pad key, then 0 up to the query's own slot and -inf after it."""
-    later = torch.full((width, width), -torch.inf, dtype=log_pads.dtype, device=log_pads.device).triu(1)
-    users = log_pads.shape[0]
-    pads = log_pads.view(users, 1, 1, 1).expand(users, 1, width, 1)
-    return torch.cat([pads, later.expand(users, 1, width, width)], dim=-1)
-
-
-def _key_bias(log_pads: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """[B, 1 + n]: log(number of pads) on the pad key, then 0 on a user's own keys and -inf beyond them."""
-    absent = torch.arange(width, device=lengths.device) >= lengths.unsqueeze(1)
-    items = torch.zeros(absent.shape, dtype=log_pads.dtype, device=log_pads.device)
-    return torch.cat([log_pads.unsqueeze(1), items.masked_fill(absent, -torch.inf)], dim=1)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

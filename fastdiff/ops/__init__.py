@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
     ALL: tuple[Op, ...]
 
-_NAMES = ("sampler_step", "philox_normals", "denoise_mlp_loop", "denoise_attention_loop", "score_topk")
+_NAMES = (
+    "sampler_step",
+    "philox_normals",
+    "denoise_mlp_loop",
+    "encode_causal_history",
+    "prepare_causal_prefix",
+    "denoise_attention_loop",
+    "score_topk",
+)
 
 
 def __getattr__(name: str) -> tuple[Op, ...]:

@@ -6,103 +6,60 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import Op
+from fastdiff.ops.causal_transformer import BlockWeights, RaggedRows, key_bias, split_heads
 from fastdiff.ops.denoise_mlp_loop import guided
 from fastdiff.ops.sampler_step import sampler_step_ref
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """A post-norm transformer block.
-
-        h = LN_1(x + W_o attend(x) + b_o)        out = LN_2(h + W_down gelu_tanh(W_up h + b_up) + b_down)
-
-    qkv_weight   [3 D, D] rows of queries, keys, values; the query rows hold the factor 1 / sqrt(D / n_heads) already
-    qkv_bias     [3 D]            out_weight  [D, D]           out_bias   [D]
-    norm_1       ([D], [D])       norm_2      ([D], [D])       weight and bias of the two LayerNorms
-    up_weight    [F, D]           up_bias     [F]              down_weight [D, F]    down_bias [D]
-    eps          added to the variance inside the root of both LayerNorms
-    """
-
-    qkv_weight: Tensor
-    qkv_bias: Tensor
-    out_weight: Tensor
-    out_bias: Tensor
-    norm_1: tuple[Tensor, Tensor]
-    up_weight: Tensor
-    up_bias: Tensor
-    down_weight: Tensor
-    down_bias: Tensor
-    norm_2: tuple[Tensor, Tensor]
-    n_heads: int
-    eps: float = 1e-12
-
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values `[.., 3 D]` of x `[.., D]`."""
-        return F.linear(x, self.qkv_weight, self.qkv_bias)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Queries `[.., D]` alone."""
-        dim = x.shape[-1]
-        return F.linear(x, self.qkv_weight[:dim], self.qkv_bias[:dim])
-
-    def keys_values(self, x: Tensor) -> Tensor:
-        """Keys and values `[.., 2 D]` alone."""
-        dim = x.shape[-1]
-        return F.linear(x, self.qkv_weight[dim:], self.qkv_bias[dim:])
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The block's output from its input x and what its heads gathered, both `[.., D]`."""
-        shape = x.shape[-1:]
-        h = F.layer_norm(x + F.linear(attended, self.out_weight, self.out_bias), shape, *self.norm_1, self.eps)
-        up = F.gelu(F.linear(h, self.up_weight, self.up_bias), approximate="tanh")
-        return F.layer_norm(h + F.linear(up, self.down_weight, self.down_bias), shape, *self.norm_2, self.eps)
 
 
 @dataclass(frozen=True)
 class CausalPrefix:
     """What the steps attend to: the keys and values of the slots before the one that is denoised, for B users.
 
-    G is 1, or 2 under guidance: then entry 0 is the conditional pass and entry 1 the unconditional one. P is the
-    longest prefix of the batch; a key may stand for many equal ones.
+    G is 1, or 2 under guidance: then entry 0 is the conditional pass and entry 1 the unconditional one. Slots of all
+    users are packed one after another, N of them; before a user's own slots stands one key for all of its pads.
 
-    cond      [G, B, D] the condition at the denoised slot; zeros in the unconditional pass
-    keys      [n_blocks, G, B, H, D / H, P] contiguous, so that a row of logits is one matrix product
-    values    [n_blocks, G, B, H, P, D / H] contiguous
-    key_bias  [B, P] added to the logits: log(m) for a key that stands for m equal ones, 0 for a single key, -inf where
-              the user has none (the keys and values there must be finite)
-    uniform   [B] bool: users whose logits are 0 before the bias, so that they attend evenly; None where nobody's are
+    cond         [G, B, D] the condition at the denoised slot; zeros in the unconditional pass
+    keys_values  [n_blocks, G, N, 2 D] contiguous: a slot's keys of all heads, then its values
+    lengths      [B] int64, how many slots each user has, 0 or more; their sum is N
+    pad          [n_blocks, G, 2 D] contiguous: the pads' common key and value, the same for all users
+    log_pads     [B] added to the logit of the pad key: log(how many pads), -inf where the user has none
+    uniform      [B] bool: users whose logits are 0 before log_pads, so that they attend evenly; None where nobody's are
+    n_heads      H, in each of which a key has D / H dims
     """
 
     cond: Tensor
-    keys: Tensor
-    values: Tensor
-    key_bias: Tensor
-    uniform: Tensor | None = None
+    keys_values: Tensor
+    lengths: Tensor
+    pad: Tensor
+    log_pads: Tensor
+    uniform: Tensor | None
+    n_heads: int
 
     @property
     def n_users(self) -> int:
-        return self.keys.shape[2]
+        return self.lengths.shape[0]
 
     @cached_property
-    def flat_keys(self) -> Tensor:
-        """[n_blocks, G B H, D / H, P], a view."""
-        return self.keys.flatten(1, 3)
-
-    @cached_property
-    def flat_values(self) -> Tensor:
-        """[n_blocks, G B H, P, D / H], a view."""
-        return self.values.flatten(1, 3)
+    def by_head(self) -> tuple[Tensor, Tensor]:
+        """Keys [n_blocks, G B H, D / H, P] and values [n_blocks, G B H, P, D / H], the pad's in front, zeros where a
+        user has none: what a row of logits is one matrix product with."""
+        blocks, branches, _, width = self.keys_values.shape
+        rows = RaggedRows.of(self.lengths, int(self.lengths.max()) if self.n_users else 0)
+        own = rows.pad(self.keys_values.movedim(2, 0)).movedim((0, 1), (2, 3))
+        pad = self.pad[:, :, None, None].expand(blocks, branches, self.n_users, 1, width)
+        key, value = torch.cat([pad, own], dim=3).chunk(2, dim=-1)
+        keys, values = split_heads(key, self.n_heads).transpose(-1, -2), split_heads(value, self.n_heads)
+        return keys.flatten(1, 3).contiguous(), values.flatten(1, 3).contiguous()
 
     @cached_property
     def flat_bias(self) -> Tensor:
         """[G B H, 1, P], the bias of every row of logits."""
-        return self._per_head(self.key_bias)
+        return self._per_head(key_bias(self.log_pads, self.lengths, self.by_head[0].shape[-1] - 1))
 
     @cached_property
     def flat_query_scale(self) -> Tensor | None:
@@ -112,8 +69,8 @@ class CausalPrefix:
         return self._per_head((~self.uniform).to(self.cond.dtype).unsqueeze(1))
 
     def _per_head(self, per_user: Tensor) -> Tensor:
-        _, branches, users, heads = self.keys.shape[:4]
-        expanded = per_user[None, :, None].expand(branches, users, heads, per_user.shape[-1])
+        branches, users = self.cond.shape[:2]
+        expanded = per_user[None, :, None].expand(branches, users, self.n_heads, per_user.shape[-1])
         return expanded.flatten(0, 2).unsqueeze(1)
 
 
@@ -143,8 +100,9 @@ def denoise_attention_step_ref(
 
 def _attend(qkv: Tensor, prefix: CausalPrefix, layer: int) -> Tensor:
     """Each row's query over its user's prefix and over itself: qkv [G R, 3 D] -> [G R, D]."""
-    _, branches, users, heads, width, length = prefix.keys.shape
-    rows = branches * users
+    keys, values = prefix.by_head[0][layer], prefix.by_head[1][layer]
+    heads, width, length = prefix.n_heads, keys.shape[1], keys.shape[2]
+    rows = keys.shape[0] // heads
     samples = qkv.shape[0] // max(rows, 1)
     by_head = qkv.view(rows, samples, 3, heads, width).permute(2, 0, 3, 1, 4).reshape(3, rows * heads, samples, width)
     query, key, value = by_head.unbind(0)
@@ -152,9 +110,9 @@ def _attend(qkv: Tensor, prefix: CausalPrefix, layer: int) -> Tensor:
         query = query * prefix.flat_query_scale
     # A row's own key and value change with the step, so they stay out of the cache and are weighed in beside it.
     own = (query * key).sum(dim=-1, keepdim=True)
-    cached = torch.baddbmm(prefix.flat_bias, query, prefix.flat_keys[layer])
+    cached = torch.baddbmm(prefix.flat_bias, query, keys)
     weights = torch.softmax(torch.cat([cached, own], dim=-1), dim=-1)
-    mixed = torch.baddbmm(weights[..., length:] * value, weights[..., :length], prefix.flat_values[layer])
+    mixed = torch.baddbmm(weights[..., length:] * value, weights[..., :length], values)
     return mixed.view(rows, heads, samples, width).transpose(1, 2).reshape(rows * samples, heads * width)
 
 
@@ -197,4 +155,8 @@ def denoise_attention_loop_ref(
     return x_t
 
 
-denoise_attention_loop = Op("denoise_attention_loop", denoise_attention_loop_ref)
+denoise_attention_loop = Op(
+    "denoise_attention_loop",
+    denoise_attention_loop_ref,
+    {"cpu": "fastdiff.ops.cpu.denoise_attention_loop:denoise_attention_loop"},
+)

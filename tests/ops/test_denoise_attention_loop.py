@@ -1,4 +1,4 @@
-"""denoise_attention_loop against its formula, written out row by row with every key that a biased key stands for."""
+"""denoise_attention_loop against its formula, written out row by row with every pad that the pad key stands for."""
 
 import math
 from dataclasses import replace
@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
-from fastdiff.noise import GivenNoise, Noise
-from fastdiff.ops.denoise_attention_loop import BlockWeights, CausalPrefix, denoise_attention_loop
+from fastdiff.noise import GeneratorNoise, GivenNoise, Noise, PhiloxNoise, StartNoise
+from fastdiff.ops.causal_transformer import BlockWeights
+from fastdiff.ops.cpu.transformer import packed_blocks
+from fastdiff.ops.denoise_attention_loop import CausalPrefix, denoise_attention_loop, denoise_attention_loop_ref
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 BACKENDS = denoise_attention_loop.available("cpu")
@@ -23,7 +25,8 @@ BACKENDS = denoise_attention_loop.available("cpu")
 
 
 def random_block(dim: int, heads: int, dtype: torch.dtype) -> BlockWeights:
-    def normal(*shape: int, scale: float = 0.3) -> Tensor:
+    def normal(*shape: int) -> Tensor:
+        scale = 0.3 if len(shape) == 1 else 0.8 / math.sqrt(shape[1])  # the size of what comes in stays
         return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype)
 
     def norm() -> tuple[Tensor, Tensor]:
@@ -46,7 +49,7 @@ def random_block(dim: int, heads: int, dtype: torch.dtype) -> BlockWeights:
 
 def problem(
     *,
-    multiplicities: list[list[int]],
+    users: list[tuple[int, int]],
     branches: int = 1,
     samples: int = 1,
     heads: int = 2,
@@ -57,30 +60,30 @@ def problem(
     normalize: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """float64 arguments by name. `multiplicities[b]` says how many equal keys each of user b's keys stands for."""
+    """float64 arguments by name. `users`: how many pads and how many slots each has."""
     torch.manual_seed(seed)
     dtype = torch.float64
-    users, length = len(multiplicities), max((len(m) for m in multiplicities), default=0)
-    counts = torch.tensor([m + [0] * (length - len(m)) for m in multiplicities], dtype=dtype).view(users, length)
-    shape = (n_blocks, branches, users, heads)
+    pads, slots = (torch.tensor([user[i] for user in users], dtype=torch.int64) for i in (0, 1))
     coef = torch.rand(steps, 3, dtype=dtype)
     coef[-1, 2] = 0.0
     return {
-        "x_t": torch.randn(users * samples, dim, dtype=dtype),
+        "x_t": torch.randn(len(users) * samples, dim, dtype=dtype),
         "blocks": tuple(random_block(dim, heads, dtype) for _ in range(n_blocks)),
         "prefix": CausalPrefix(
-            cond=torch.randn(branches, users, dim, dtype=dtype),
-            keys=torch.randn(*shape, dim // heads, length, dtype=dtype),
-            values=torch.randn(*shape, length, dim // heads, dtype=dtype),
-            key_bias=counts.log(),
+            cond=torch.randn(branches, len(users), dim, dtype=dtype),
+            keys_values=torch.randn(n_blocks, branches, int(slots.sum()), 2 * dim, dtype=dtype),
+            lengths=slots,
+            pad=torch.randn(n_blocks, branches, 2 * dim, dtype=dtype),
+            log_pads=pads.to(dtype).log(),
             uniform=None if uniform is None else torch.tensor(uniform),
+            n_heads=heads,
         ),
         "guidance_scale": 1.7,
         "input_scale": 0.4,
         "time": torch.randn(steps, dim, dtype=dtype),
         "coef": coef,
         "normalize": normalize,
-        "noise": GivenNoise(torch.randn(steps + 1, users * samples, dim, dtype=dtype)),
+        "noise": GivenNoise(torch.randn(steps + 1, len(users) * samples, dim, dtype=dtype)),
     }
 
 
@@ -121,7 +124,7 @@ def block_by_hand(block: BlockWeights, x: Tensor, keys: Tensor, values: Tensor, 
 
 
 def loop_by_hand(
-    multiplicities: list[list[int]],
+    users: list[tuple[int, int]],
     x_t: Tensor,
     blocks: tuple[BlockWeights, ...],
     prefix: CausalPrefix,
@@ -132,19 +135,23 @@ def loop_by_hand(
     normalize: bool,
     noise: Noise,
 ) -> Tensor:
-    samples = x_t.shape[0] // max(len(multiplicities), 1)
+    samples = x_t.shape[0] // max(len(users), 1)
+    dim, heads = x_t.shape[1], prefix.n_heads
+    starts = [sum(slots for _, slots in users[:i]) for i in range(len(users))]
     rows = []
     for row, start in enumerate(x_t):
         user, x = row // samples, start
-        copies = torch.tensor([j for j, m in enumerate(multiplicities[user]) for _ in range(m)], dtype=torch.int64)
+        pads, slots = users[user]
         even = prefix.uniform is not None and bool(prefix.uniform[user])
         for i, (c_out, c_xt, c_noise) in enumerate(coef.tolist()):
             outputs = []
             for branch in range(prefix.cond.shape[0]):
                 h = prefix.cond[branch, user] + input_scale * x + time[i]
                 for layer, block in enumerate(blocks):
-                    keys = prefix.keys[layer, branch, user][:, :, copies].transpose(1, 2)
-                    h = block_by_hand(block, h, keys, prefix.values[layer, branch, user][:, copies], even)
+                    own = prefix.keys_values[layer, branch, starts[user] : starts[user] + slots]
+                    seen = torch.cat([prefix.pad[layer, branch].expand(pads, -1), own])
+                    keys, values = seen.view(-1, 2, heads, dim // heads).permute(1, 2, 0, 3)
+                    h = block_by_hand(block, h, keys, values, even)
                 outputs.append(h)
             output = outputs[0] if len(outputs) == 1 else outputs[1] + guidance_scale * (outputs[0] - outputs[1])
             x = c_out * output + c_xt * x + c_noise * noise.draw(1 + i)[row]
@@ -158,20 +165,17 @@ def loop_by_hand(
 
 @st.composite
 def settings(draw: st.DrawFn) -> dict[str, Any]:
-    """Users with 0 to 4 keys, each standing for 0 (absent) to 5 equal ones."""
-    multiplicities = draw(st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=4))
+    users = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 20)), min_size=1, max_size=4))
     heads = draw(st.sampled_from([1, 2, 4]))
     return {
-        "multiplicities": multiplicities,
+        "users": users,
         "branches": draw(st.integers(1, 2)),
         "samples": draw(st.integers(1, 3)),
         "heads": heads,
-        "dim": heads * draw(st.sampled_from([1, 3, 8])),
+        "dim": heads * draw(st.sampled_from([1, 3, 8, 18])),
         "n_blocks": draw(st.integers(1, 3)),
         "steps": draw(st.integers(1, 4)),
-        "uniform": draw(
-            st.none() | st.lists(st.booleans(), min_size=len(multiplicities), max_size=len(multiplicities))
-        ),
+        "uniform": draw(st.none() | st.lists(st.booleans(), min_size=len(users), max_size=len(users))),
         "normalize": draw(st.booleans()),
         "seed": draw(st.integers(0, 100)),
     }
@@ -181,9 +185,9 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
 @given(setting=settings())
 def test_is_its_formula(backend: str, setting: dict[str, Any]) -> None:
     exact = problem(**setting)
-    truth = loop_by_hand(setting["multiplicities"], **exact)
+    truth = loop_by_hand(setting["users"], **exact)
     single = in_float32(exact)
-    twin = loop_by_hand(setting["multiplicities"], **single)
+    twin = loop_by_hand(setting["users"], **single)
     op = denoise_attention_loop.bind(backend, "cpu")
     ours = op(*single.values())
     assert ours.dtype == torch.float32
@@ -193,33 +197,66 @@ def test_is_its_formula(backend: str, setting: dict[str, Any]) -> None:
         assert_agree(op(*exact.values()), truth, torch.float64)
 
 
+LAYOUTS = {
+    "sliced": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "transposed": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
-def test_layouts_of_x_t(backend: str, layout: str, nan_empty: None) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend: str, layout: str, nan_empty: None) -> None:
     """Also: no unwritten memory reaches the result."""
-    arguments = in_float32(problem(multiplicities=[[3, 1], [0, 0], [2]], samples=2, branches=2))
+    arguments = in_float32(problem(users=[(3, 1), (0, 0), (2, 4)], samples=2, branches=2))
     op = denoise_attention_loop.bind(backend, "cpu")
-    x_t = arguments["x_t"]
     expected = op(*arguments.values())
-    if layout == "sliced":
-        arguments["x_t"] = torch.cat([x_t, x_t], dim=1)[:, : x_t.shape[1]]
-    elif layout == "transposed":
-        arguments["x_t"] = x_t.T.contiguous().T
+    change, prefix = LAYOUTS[layout], arguments["prefix"]
+    for name in ("x_t", "time"):
+        arguments[name] = change(arguments[name])
+    names = ("cond", "keys_values", "lengths", "pad", "log_pads")
+    arguments["prefix"] = replace(prefix, **{name: change(getattr(prefix, name)) for name in names})
+    arguments["noise"] = GivenNoise(change(arguments["noise"].noise))
     ours = op(*arguments.values())
     assert ours.isfinite().all()
     assert ours.is_contiguous()
-    assert torch.equal(ours, expected)
+    if backend == "cpu":
+        assert torch.equal(ours, expected)
+    else:
+        assert_agree(ours, expected, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_real_size(backend: str) -> None:
     """ADRec's own: 2 blocks of 4 heads on 128 dims, 49 keys before the token."""
-    multiplicities = [[50 - n, *[1] * (n - 1)] for n in (1, 6, 37, 50)]
-    exact = problem(multiplicities=multiplicities, heads=4, dim=128, steps=4, branches=2)
+    users = [(50 - n, n - 1) for n in (1, 6, 37, 50)]
+    exact = problem(users=users, heads=4, dim=128, steps=4, branches=2)
     ours = denoise_attention_loop.bind(backend, "cpu")(*in_float32(exact).values())
-    truth = loop_by_hand(multiplicities, **exact)
-    twin = loop_by_hand(multiplicities, **in_float32(exact))
+    truth = loop_by_hand(users, **exact)
+    twin = loop_by_hand(users, **in_float32(exact))
     assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rest", ["given", "philox", "generator"])
+def test_every_kind_of_noise(backend: str, rest: str) -> None:
+    """The loop asks each kind for the draws that it gives when asked one by one."""
+    users, rows, dim, steps = [(2, 3), (0, 1), (1, 0)], 6, 8, 4
+
+    def make() -> Noise:
+        if rest == "given":
+            return GivenNoise(torch.randn(steps, rows, dim, generator=torch.Generator().manual_seed(3)))
+        if rest == "philox":
+            keys = torch.tensor([3, 3, -(1 << 60), 5, 1 << 40, 5])
+            return PhiloxNoise((1 << 64) - 5, keys, torch.tensor([0, 1, 0, 1, 0, 1]), dim, torch.float32)
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return GeneratorNoise(generators, 3, 2, dim, torch.float32, torch.device("cpu"))
+
+    arguments = in_float32(problem(users=users, samples=2, dim=dim, steps=steps))
+    once = make()
+    arguments["noise"] = GivenNoise(torch.stack([arguments["x_t"], *(once.draw(1 + i) for i in range(steps - 1))]))
+    expected = denoise_attention_loop_ref(**arguments)
+    arguments["noise"] = StartNoise(arguments["x_t"], make())
+    assert_agree(denoise_attention_loop.bind(backend, "cpu")(*arguments.values()), expected, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -232,7 +269,7 @@ def test_noise_is_drawn_only_where_it_counts(backend: str) -> None:
             self.asked.append(index)
             return torch.zeros(2, 8)
 
-    arguments = in_float32(problem(multiplicities=[[1], [2]], steps=4))
+    arguments = in_float32(problem(users=[(1, 0), (2, 0)], steps=4))
     arguments["coef"][1, 2] = 0.0
     arguments["noise"] = recorder = Recorder()
     denoise_attention_loop.bind(backend, "cpu")(*arguments.values())
@@ -241,13 +278,79 @@ def test_noise_is_drawn_only_where_it_counts(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nobody(backend: str) -> None:
-    arguments = in_float32(problem(multiplicities=[]))
+    arguments = in_float32(problem(users=[]))
     assert denoise_attention_loop.bind(backend, "cpu")(*arguments.values()).shape == (0, 8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_must_be_shared_out_evenly(backend: str) -> None:
-    arguments = in_float32(problem(multiplicities=[[1], [2]]))
+    arguments = in_float32(problem(users=[(1, 0), (2, 0)]))
     arguments["x_t"] = torch.zeros(3, 8)
     with pytest.raises(InvalidArgument, match=r"same number of rows for each of the prefix's 2 users \(got 3 rows\)"):
         denoise_attention_loop.bind(backend, "cpu")(*arguments.values())
+
+
+# --- what only the C++ loop promises ----------------------------------------------------------------------------------
+
+built = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ ops are not built")
+
+
+@built
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(branches: int) -> None:
+    users = [(n % 3, n) for n in (7, 0, 49, 1, 16, 15, 14, 30, 2, 3, 5)]
+    uniform = [n == 0 for _, n in users]
+    arguments = in_float32(problem(users=users, dim=36, heads=2, samples=2, branches=branches, uniform=uniform))
+    loop = denoise_attention_loop.bind("cpu", "cpu")
+    whole = loop(*arguments.values()).view(len(users), 2, -1)
+    prefix, starts = arguments["prefix"], [0, *torch.tensor([n for _, n in users]).cumsum(0).tolist()]
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(loop(*arguments.values()).view_as(whole), whole)
+        for order in ([0], [2, 1], [9, 4, 2, 8, 3], list(range(10, -1, -1))):
+            slots = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order])
+            some = replace(
+                prefix,
+                cond=prefix.cond[:, order],
+                keys_values=prefix.keys_values[:, :, slots],
+                lengths=prefix.lengths[order],
+                log_pads=prefix.log_pads[order],
+                uniform=prefix.uniform[order],
+            )
+            draws = arguments["noise"].noise.view(4, len(users), 2, -1)[:, order].flatten(1, 2)
+            x_t = arguments["x_t"].view(len(users), 2, -1)[order].flatten(0, 1)
+            part = loop(*{**arguments, "x_t": x_t, "prefix": some, "noise": GivenNoise(draws)}.values())
+            assert torch.equal(part.view(len(order), 2, -1), whole[order])
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout: str) -> None:
+    denoise_attention_loop.bind("cpu", "cpu")
+    arguments = in_float32(problem(users=[(3, 1), (0, 2)], uniform=[True, False]))
+    change, prefix, blocks = LAYOUTS[layout], arguments["prefix"], arguments["blocks"]
+    torch.library.opcheck(
+        torch.ops.fastdiff.denoise_attention_loop.default,
+        (
+            change(arguments["x_t"]),
+            packed_blocks(blocks),
+            16,
+            prefix.n_heads,
+            blocks[0].eps,
+            change(prefix.cond),
+            change(prefix.keys_values),
+            prefix.lengths,
+            change(prefix.pad),
+            change(prefix.log_pads),
+            prefix.uniform,
+            1.0,
+            0.4,
+            change(arguments["time"]),
+            arguments["coef"],
+            False,
+            change(arguments["noise"].noise[1:]),
+            None,
+            None,
+            0,
+        ),
+    )

@@ -1,0 +1,104 @@
+#include "denoise_attention_loop.h"
+
+#include "scratch.h"
+#include "thread_pool.h"
+#include "transformer_tensors.h"
+
+namespace fastdiff {
+
+int64_t attention_loop_floats(const AttentionLoopArgs& args, int64_t first_row, int64_t last_row) {
+  const BlockShape& shape = args.shape;
+  const int width = shape.dim / shape.heads;
+  const int64_t rows = last_row - first_row, passes = rows * args.branches;
+  const int64_t first_user = first_row / args.samples, last_user = (last_row - 1) / args.samples;
+  int most_keys = 0;
+  int64_t cache = 0;
+  for (int64_t user = first_user; user <= last_user; user++) {
+    const int n_keys = args.keys_of(user);
+    most_keys = std::max(most_keys, n_keys);
+    cache += key_floats(shape.heads, width, n_keys) + value_floats(shape.heads, width, n_keys);
+  }
+  const int64_t parts = 8 + 2 * (last_user - first_user + 1) * args.n_blocks * args.branches;
+  return rows * shape.step() + passes * (2 * shape.step() + shape.qkv_step()) +
+         finish_floats(shape, static_cast<int>(passes)) + attend_floats(shape.heads, most_keys) + shape.dim + 64 +
+         (last_user - first_user + 1) * padded(most_keys) + cache * args.n_blocks * args.branches + parts * kPanel;
+}
+
+namespace {
+
+Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& blocks, int64_t hidden, int64_t heads,
+                              double eps, const Tensor& cond, const Tensor& keys_values, const Tensor& lengths,
+                              const Tensor& pad, const Tensor& log_pads, const MaybeTensor& uniform,
+                              double guidance_scale, double input_scale, const Tensor& time, const Tensor& coef,
+                              bool normalize, const MaybeTensor& noise, const MaybeTensor& row_key,
+                              const MaybeTensor& sample, int64_t seed) {
+  constexpr const char* op = "denoise_attention_loop";
+  const Tensor fixed = floats(op, "cond", cond, {-1, -1, -1});
+  const int64_t branches = fixed.size(0), users = fixed.size(1), dim = fixed.size(2);
+  FASTDIFF_CHECK(branches == 1 || branches == 2, op, ": cond must hold one or two passes (got ", branches, ")");
+  const Tensor start = floats(op, "x_t", x_t, {-1, dim});
+  const int64_t rows = start.size(0);
+  FASTDIFF_CHECK(users == 0 ? rows == 0 : rows % users == 0, op, ": x_t must hold the same number of rows for each of the ",
+                 users, " users (got ", rows, ")");
+  const BlockShape shape = block_shape(op, dim, hidden, heads, eps);
+  const PackedBlocks packed(op, blocks, shape);
+  const Tensor of_users = checked(op, "lengths", lengths, ScalarType::Long, {users});
+  const std::vector<int64_t> starts = starts_of(op, of_users);
+  const Tensor cache = floats(op, "keys_values", keys_values, {packed.size(), branches, starts.back(), 2 * dim});
+  const Tensor pads = floats(op, "pad", pad, {packed.size(), branches, 2 * dim});
+  const Tensor counts = floats(op, "log_pads", log_pads, {users});
+  const Tensor times = floats(op, "time", time, {-1, dim});
+  const int64_t steps = times.size(0);
+  const Tensor table = checked(op, "coef", coef, ScalarType::Double, {steps, 3});
+  MaybeTensor even, draws, keys, samples;
+  if (uniform.has_value()) even = checked(op, "uniform", *uniform, ScalarType::Bool, {users});
+  if (noise.has_value()) draws = floats(op, "noise", *noise, {-1, rows, dim});
+  if (row_key.has_value()) {
+    FASTDIFF_CHECK(sample.has_value(), op, ": sample must be given with row_key");
+    keys = checked(op, "row_key", *row_key, ScalarType::Long, {rows});
+    samples = checked(op, "sample", *sample, ScalarType::Long, {rows});
+  }
+  for (int64_t i = 0; i < steps; i++) {
+    const bool drawn = keys.has_value() || (draws.has_value() && i < draws->size(0));
+    FASTDIFF_CHECK(drawn || data<double>(table)[3 * i + 2] == 0.0, op, ": noise must hold a draw for step ", i);
+  }
+  Tensor x_0 = empty_like_with(start, {rows, dim}, ScalarType::Float);
+  if (rows == 0) return x_0;
+
+  AttentionLoopArgs args{};
+  args.shape = shape;
+  args.blocks = packed.pointers.data();
+  args.n_blocks = static_cast<int>(packed.size());
+  args.branches = static_cast<int>(branches);
+  args.rows = rows, args.users = users, args.samples = rows / users;
+  args.steps = static_cast<int>(steps);
+  args.x_t = data<float>(start), args.x_0 = mutable_data<float>(x_0);
+  args.cond = data<float>(fixed), args.keys_values = data<float>(cache), args.starts = starts.data();
+  args.pad = data<float>(pads), args.log_pads = data<float>(counts);
+  args.uniform = even.has_value() ? data<bool>(*even) : nullptr;
+  args.time = data<float>(times), args.coef = data<double>(table);
+  args.noise = draws.has_value() ? data<float>(*draws) : nullptr;
+  args.row_key = keys.has_value() ? data<int64_t>(*keys) : nullptr;
+  args.sample = keys.has_value() ? data<int64_t>(*samples) : nullptr;
+  args.seed = static_cast<uint64_t>(seed);
+  args.guidance_scale = static_cast<float>(guidance_scale), args.input_scale = static_cast<float>(input_scale);
+  args.normalize = normalize;
+
+  // as many tasks for each thread, of as many rows, as can be
+  const int threads = num_threads();
+  const int64_t most = rows_per_task(args);
+  int64_t tasks = (rows + most - 1) / most;
+  if (tasks % threads != 0 && tasks < 8 * threads) tasks = std::min(rows, (tasks / threads + 1) * threads);
+  const auto kernel = FASTDIFF_PICK(denoise_attention_loop);
+  parallel(threads, tasks, [&](int64_t task) {
+    const int64_t first = rows * task / tasks, last = rows * (task + 1) / tasks;
+    kernel(args, first, last, scratch(attention_loop_floats(args, first, last)));
+  });
+  return x_0;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("denoise_attention_loop", TORCH_BOX(&denoise_attention_loop)); }
+
+}  // namespace fastdiff

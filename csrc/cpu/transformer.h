@@ -1,0 +1,106 @@
+// The pieces of a post-norm transformer block on a few rows of floats, each row on its own: a row's bits depend on that
+// row alone. Attention is in attention.h.
+//
+//     h = LN_1(x + W_o attended + b_o)        out = LN_2(h + W_down act(W_up h + b_up) + b_down)
+#pragma once
+
+#include "linear.h"
+#include "transformer_block.h"
+#include "vecmath.h"
+
+namespace fastdiff {
+namespace FASTDIFF_LEVEL {
+
+constexpr int kMostRows = 6;  // of one register block, at every level
+
+// The lanes below n of a vector: those of a row's last, partial vector.
+FASTDIFF_INLINE Mask first_n(int n) {
+  alignas(64) static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return greater(set1(static_cast<float>(n)), load(lane));
+}
+
+// `linear` for any number of rows, as evenly spread over register blocks as can be: 7 rows are 4 and 3, not 6 and 1.
+inline void linear_spread(const Linear& layer, const float* x, int64_t x_step, int rows, float* y, int64_t y_step,
+                          int first_panel = 0, int last_panel = -1) {
+  const int first = first_panel * kVecsPerPanel;
+  const int last = (last_panel < 0 ? padded(layer.n_out) / kPanel : last_panel) * kVecsPerPanel;
+  for (int blocks = (rows + kMostRows - 1) / kMostRows; blocks > 0; blocks--) {
+    const int n = (rows + blocks - 1) / blocks;
+    switch (n) {
+      case 6: linear_rows<6>(layer, x, x_step, y, y_step, first, last, false); break;
+      case 5: linear_rows<5>(layer, x, x_step, y, y_step, first, last, false); break;
+      case 4: linear_rows<4>(layer, x, x_step, y, y_step, first, last, false); break;
+      case 3: linear_rows<3>(layer, x, x_step, y, y_step, first, last, false); break;
+      case 2: linear_rows<2>(layer, x, x_step, y, y_step, first, last, false); break;
+      default: linear_rows<1>(layer, x, x_step, y, y_step, first, last, false);
+    }
+    x += n * x_step, y += n * y_step, rows -= n;
+  }
+}
+
+// y = LN(x + residual) = (s - mean s) / sqrt(var s + eps) * weight + bias over the dim numbers of each row; the variance
+// is the biased one. residual may be null; y may be x or residual. weight and bias are padded as packed layers are.
+inline void layer_norm_rows(const float* x, int64_t x_step, const float* residual, int64_t residual_step, int rows,
+                            int dim, const float* weight, const float* bias, float eps, float* y, int64_t y_step) {
+  const int whole = dim / kLanes * kLanes, rest = dim - whole;
+  const float share = 1.0f / static_cast<float>(dim);
+  for (int row = 0; row < rows; row++) {
+    const float* from = x + row * x_step;
+    const float* beside = residual == nullptr ? nullptr : residual + row * residual_step;
+    float* to = y + row * y_step;
+    Vec total = zero();
+    for (int at = 0; at < whole; at += kLanes) {
+      const Vec s = beside == nullptr ? load(from + at) : load(from + at) + load(beside + at);
+      store(to + at, s);
+      total = total + s;
+    }
+    if (rest > 0) {
+      Vec s = load_n(from + whole, rest);
+      if (beside != nullptr) s = s + load_n(beside + whole, rest);
+      store_n(to + whole, s, rest);
+      total = total + s;
+    }
+    const Vec mean = set1(sum(total) * share);
+    Vec squares = zero();
+    for (int at = 0; at < whole; at += kLanes) {
+      const Vec off = load(to + at) - mean;
+      squares = fma(off, off, squares);
+    }
+    if (rest > 0) {
+      const Vec off = select(first_n(rest), load_n(to + whole, rest) - mean, zero());
+      squares = fma(off, off, squares);
+    }
+    const Vec by = set1(1.0f / __builtin_sqrtf(sum(squares) * share + eps));
+    for (int at = 0; at < whole; at += kLanes) {
+      store(to + at, fma((load(to + at) - mean) * by, load(weight + at), load(bias + at)));
+    }
+    if (rest > 0) {
+      const Vec s = fma((load_n(to + whole, rest) - mean) * by, load_n(weight + whole, rest), load_n(bias + whole, rest));
+      store_n(to + whole, s, rest);
+    }
+  }
+}
+
+// x = gelu_tanh(x) over whole vectors: `width` is a multiple of a panel.
+inline void gelu_tanh_rows(float* x, int64_t step, int rows, int width) {
+  for (int row = 0; row < rows; row++) {
+    for (int at = 0; at < width; at += kLanes) store(x + row * step + at, gelu_tanh(load(x + row * step + at)));
+  }
+}
+
+// The block after its attention, in place: h [rows, step()] becomes its output. attended [rows, step()] is what the heads
+// gathered; room holds finish_floats(shape, rows).
+inline void finish_block(const Block& block, float* h, const float* attended, int rows, float* room) {
+  const int dim = block.shape.dim, step = block.shape.step(), hidden = block.shape.hidden_step();
+  float* const y = room;
+  float* const up = room + static_cast<int64_t>(rows) * step;
+  linear_spread(block.out, attended, step, rows, y, step);
+  layer_norm_rows(y, step, h, step, rows, dim, block.norm_1_weight, block.norm_1_bias, block.shape.eps, h, step);
+  linear_spread(block.up, h, step, rows, up, hidden);
+  gelu_tanh_rows(up, hidden, rows, hidden);
+  linear_spread(block.down, up, hidden, rows, y, step);
+  layer_norm_rows(y, step, h, step, rows, dim, block.norm_2_weight, block.norm_2_bias, block.shape.eps, h, step);
+}
+
+}  // namespace FASTDIFF_LEVEL
+}  // namespace fastdiff
