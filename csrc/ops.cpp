@@ -9,7 +9,11 @@
 STABLE_TORCH_LIBRARY(fastdiff, m) {
   m.def("denoise_mlp_loop(Tensor? x_t, Tensor weights, int[] widths, int activation, float norm_eps, Tensor cond, Tensor? uncond, float guidance_scale, Tensor time, Tensor coef, bool normalize, Tensor? noise, int first_noise, int seed, Tensor? row_key, Tensor? sample) -> Tensor");
   m.def("denoise_attention_loop(Tensor x_t, Tensor[] blocks, int hidden, int heads, float eps, Tensor cond, Tensor keys_values, Tensor lengths, Tensor pad, Tensor log_pads, Tensor? uniform, float guidance_scale, float input_scale, Tensor time, Tensor coef, bool normalize, Tensor? noise, Tensor? row_key, Tensor? sample, int seed) -> Tensor");
+  m.def("encode_padded_history(Tensor items, Tensor lengths, Tensor item_table, Tensor positions, Tensor norm_weight, Tensor norm_bias, Tensor[] blocks, int hidden, int heads, bool gelu, float eps, int pad_id, Tensor empty) -> Tensor");
+  m.def("decode_context(Tensor context, Tensor weights, int heads, bool coupled, bool gelu, float eps, Tensor cross, Tensor coef, bool normalize, int num_samples, Tensor? x_t, Tensor? noise, int first_draw, int seed, Tensor? row_key, Tensor? sample) -> Tensor");
   m.def("philox_normals(int seed, Tensor row_key, Tensor sample, int first_draw, int n_draws, int dim) -> Tensor");
+  m.def("score_topk(Tensor query, Tensor item_emb, int k, Tensor? allowed, Tensor? exclude, Tensor? exclude_offsets, Tensor? candidates, Tensor? candidate_offsets, int stored, Tensor[] chunks, Tensor bounds, bool certified) -> (Tensor, Tensor)");
+  m.def("topk_pack(Tensor item_emb, int stored) -> (Tensor, Tensor)");
   m.def("sampler_step(Tensor model_output, Tensor x_t, Tensor? noise, float c_out, float c_xt, float c_noise, bool normalize) -> Tensor");
 }
 

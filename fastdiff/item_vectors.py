@@ -77,22 +77,18 @@ class ItemVectors:
 
     _table: _Front
     _scored: _Front
-    _scanned: _Front
-    _coef: _Front
     metric: str
     scan: ScanTable
 
     @classmethod
-    def build(cls, table: Tensor, metric: str, scan_dtype: torch.dtype | None) -> ItemVectors:
-        """table [R, D] floating; metric "dot" or "cosine"; scan_dtype of `ScanTable`, None: float32."""
+    def build(cls, table: Tensor, metric: str, scan_dtype: torch.dtype | None, certified: bool = True) -> ItemVectors:
+        """table [R, D] floating; metric "dot" or "cosine"; scan_dtype and certified as in `ScanTable.build`."""
         if metric not in METRICS:
             raise InvalidArgument(f"ItemCatalog: metric must be one of {', '.join(METRICS)} (got {metric!r})")
-        single = table.float()
-        scored = single if metric == "dot" else normalize(single)
-        scan = ScanTable.build(scored, scan_dtype or torch.float32)
+        scored = _as_scored(table, metric)
+        scan = ScanTable.build(scored, scan_dtype, certified=certified)
         raw = _Front(table)
-        exact = raw if scored is table else _Front(scored)
-        return cls(raw, exact, exact if scan.rows is scored else _Front(scan.rows), _Front(scan.coef), metric, scan)
+        return cls(raw, raw if scored is table else _Front(scored), metric, scan)
 
     @property
     def table(self) -> Tensor:
@@ -105,25 +101,18 @@ class ItemVectors:
         return self._scored.tensor
 
     def append(self, rows: Tensor) -> ItemVectors:
-        new = ItemVectors.build(rows, self.metric, self.scan.dtype)
-        table = self._table.append(new.table)
-        scored = table if self._scored is self._table else self._scored.append(new.scored)
-        scanned = scored if self._scanned is self._scored else self._scanned.append(new.scan.rows)
-        return self._with(table, scored, scanned, self._coef.append(new.scan.coef), new.scan)
+        table = self._table.append(rows)
+        shared = self._scored is self._table
+        scored = table if shared else self._scored.append(_as_scored(rows, self.metric))
+        return ItemVectors(table, scored, self.metric, self.scan.append(scored.tensor))
 
     def replace(self, at: Tensor, rows: Tensor) -> ItemVectors:
-        new = ItemVectors.build(rows, self.metric, self.scan.dtype)
-        table = self._table.replace(at, new.table)
-        scored = table if self._scored is self._table else self._scored.replace(at, new.scored)
-        scanned = scored if self._scanned is self._scored else self._scanned.replace(at, new.scan.rows)
-        return self._with(table, scored, scanned, self._coef.replace(at, new.scan.coef), new.scan)
+        table = self._table.replace(at, rows)
+        shared = self._scored is self._table
+        scored = table if shared else self._scored.replace(at, _as_scored(rows, self.metric))
+        return ItemVectors(table, scored, self.metric, self.scan.replace(at, scored.tensor))
 
-    def _with(self, table: _Front, scored: _Front, scanned: _Front, coef: _Front, new: ScanTable) -> ItemVectors:
-        # the largest of the old and the new: still a bound where the row that had it was replaced
-        scan = ScanTable(
-            scanned.tensor,
-            coef.tensor,
-            max(self.scan.max_coef, new.max_coef),
-            max(self.scan.max_norm, new.max_norm),
-        )
-        return ItemVectors(table, scored, scanned, coef, self.metric, scan)
+
+def _as_scored(table: Tensor, metric: str) -> Tensor:
+    single = table.float()
+    return single if metric == "dot" else normalize(single)

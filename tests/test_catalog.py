@@ -550,9 +550,9 @@ NAN = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
         ),
         (lambda: ItemCatalog(E3, metric="l2"), InvalidArgument, r"metric must be one of dot, cosine \(got 'l2'\)"),
         (
-            lambda: ItemCatalog(E3, scan_dtype=torch.int8),
+            lambda: ItemCatalog(E3, scan_dtype=torch.int16),
             InvalidArgument,
-            r"scan_dtype: cannot scan in int8; accepted: ",
+            r"scan_dtype: cannot scan in int16; accepted: ",
         ),
         (
             lambda: ItemCatalog.from_table(E3, {3: "[PAD]"}),

@@ -67,7 +67,10 @@ def score_topk_ref(
     count, so torch.set_flush_denormal(True) changes the scores of vectors that hold them.
     Raises InvalidArgument for wrong shapes, dtypes and devices, rows outside the table, and queries with NaN or inf.
     """
-    _check(query, item_emb, k, allowed, user_exclude, user_candidates, scan)
+    check_topk(query, item_emb, k, allowed, user_exclude, user_candidates, scan)
+    for name, lists in (("user_exclude", user_exclude), ("user_candidates", user_candidates)):
+        if lists is not None:
+            _check_rows(name, lists, item_emb.shape[0])
     n_users, n_rows = query.shape[0], item_emb.shape[0]
     if n_users == 0 or n_rows == 0:
         return _nothing(n_users, k, query.device)
@@ -89,7 +92,7 @@ def score_topk_ref(
     return rows, scores
 
 
-score_topk = Op("score_topk", score_topk_ref)
+score_topk = Op("score_topk", score_topk_ref, {"cpu": "fastdiff.ops.cpu.score_topk:score_topk"})
 
 
 def merge_topk(rows: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +165,8 @@ def _topk_of_few(
         hit = kept[place] == exclude.values
         counts = torch.bincount(exclude.users()[hit], minlength=exclude.n_users)
         exclude = UserLists(place[hit], F.pad(counts.cumsum(0), (1, 0)))
-    rows, scores = score_topk_ref(query, table, k, None, exclude, None, scan[kept])
+    scan = ScanTable.build(table, certified=scan.certified)
+    rows, scores = score_topk_ref(query, table, k, None, exclude, None, scan)
     return torch.where(rows >= 0, kept[rows.clamp(min=0)], -1), scores
 
 
@@ -194,7 +198,7 @@ def _nothing(n_users: int, k: int, device: torch.device) -> tuple[Tensor, Tensor
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check(
+def check_topk(
     query: Tensor,
     item_emb: Tensor,
     k: int,
@@ -203,6 +207,7 @@ def _check(
     user_candidates: UserLists | None,
     scan: ScanTable | None,
 ) -> None:
+    """What every backend checks before it looks at a number."""
     if query.ndim != 2 or query.dtype != torch.float32 or query.shape[1] == 0:
         raise InvalidArgument(f"score_topk: query must be [B, D] float32, D at least 1 (got {describe(query)})")
     if item_emb.ndim != 2 or item_emb.dtype != torch.float32 or item_emb.shape[1] != query.shape[1]:
@@ -223,23 +228,24 @@ def _check(
         if allowed.dtype != torch.bool or allowed.shape != (n_rows,):
             raise InvalidArgument(f"score_topk: allowed must be [{n_rows}] bool, one per row (got {describe(allowed)})")
     if scan is not None:
-        places["scan"] = scan.rows.device
-        if scan.rows.shape != item_emb.shape:
+        places["scan"] = scan.device
+        if (scan.n_rows, scan.dim) != item_emb.shape:
             raise InvalidArgument(
-                f"score_topk: scan must be of item_emb, {list(item_emb.shape)} (got {list(scan.rows.shape)})"
+                f"score_topk: scan must be of item_emb, {list(item_emb.shape)} (got {[scan.n_rows, scan.dim]})"
             )
     for name, lists in (("user_exclude", user_exclude), ("user_candidates", user_candidates)):
         if lists is not None:
             places[name] = lists.values.device
-            _check_lists(name, lists, n_users, n_rows)
+            if lists.n_users != n_users:
+                raise InvalidArgument(
+                    f"score_topk: {name} must hold one list per query, {n_users} (got {lists.n_users})"
+                )
     for name, place in places.items():
         if place != device:
             raise InvalidArgument(f"score_topk: {name} must be where the query is, on {device} (got {place}); move it")
 
 
-def _check_lists(name: str, lists: UserLists, n_users: int, n_rows: int) -> None:
-    if lists.n_users != n_users:
-        raise InvalidArgument(f"score_topk: {name} must hold one list per query, {n_users} (got {lists.n_users})")
+def _check_rows(name: str, lists: UserLists, n_rows: int) -> None:
     if lists.values.numel():
         low, high = (int(bound) for bound in torch.aminmax(lists.values))
         if low < 0 or high >= n_rows:

@@ -1,20 +1,26 @@
 """The scan of score_topk: which rows can be among the k best, by a bound and in lower precision.
 
-For a query of norm Q and a row of norm E, with the unit roundoff u of the scan's sums:
+The rows of a `ScanTable` are scanned as they are stored: e', in float32, in bfloat16, or as whole numbers of -127..127
+times a scale that 64 rows share. For a query q scanned as q', with the unit roundoff u of the scan's sums,
 
-    |scanned - score| <= Q coef + tiny
+    |scanned - score| <= |q| |e - e'|  +  |q - q'| |e'|  +  gamma |q'| |e'|  +  tiny
 
-    coef   R + E (u_in + u_out + gamma(D + 12)),  gamma(m) = m u / (1 - m u), for sums in any order (Higham, Accuracy
-           and Stability of Numerical Algorithms, 2nd ed., section 3.1)
-           R = |e - e rounded|, u_in: the rounding of the query, u_out: of the scanned score; all 0 for a float32 scan
-           12: the rounding of the score itself, of its float64 sum, and of the comparisons with the bound
-    tiny   what is lost where the hardware takes subnormal inputs, products or sums for zero
+    gamma   (D + 16) u / (1 - (D + 16) u), for sums in any order (Higham, Accuracy and Stability of Numerical
+            Algorithms, 2nd ed., section 3.1); 16: the rounding of the score itself, of its float64 sum, of e' from its
+            whole numbers, and of the comparisons with the bound, and some to spare
+    u       2^-24 for float32 arithmetic, and for sums of whole numbers, which are exact until they are scaled; 2^-22
+            for matrix units, which may truncate
+    tiny    what is lost where the hardware takes subnormal inputs, products or sums for zero
+
+|e - e'| and the larger of |e| and |e'| are stored for each block of 64 rows, the largest of the block, rounded up; so a
+row is dropped only where no row of its block's size could be among the k best.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -22,16 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.ops.cpu import library
 from fastdiff.ops.topk_definition import budget, exact_scores, slices
 from fastdiff.ops.user_lists import ChunkedLists, UserLists, dtype_name
 
-SCAN_DTYPES = (torch.float32, torch.bfloat16)
+SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""The numbers by which the C++ engine knows the dtypes of a scan."""
 
+BLOCK = 64
+"""Rows that share one bound and one scale."""
+CHUNK = 1 << 16
+"""Rows of one tensor of a packed table: what a change copies at most."""
 LARGEST = 2.0**126
 """Scanned scores below this cannot overflow float32 on the way."""
 AT_ONCE = 1 << 19
 """Up to this many scores, and numbers that the definition then sums, one top-k over all scores beats blocks."""
 _LOWEST = torch.finfo(torch.float32).min
+_SMALLEST_SCALE = 2.0**-60
 
 _Number = TypeVar("_Number", float, Tensor)
 
@@ -41,47 +55,131 @@ _Number = TypeVar("_Number", float, Tensor)
 
 @dataclass(frozen=True, eq=False)
 class ScanTable:
-    """The item table in the dtype of the scan, with each row's share of the bound. Built once, kept with the table.
+    """The item table as the scan reads it, with the bounds by which it proves its answer. Never written to again, so
+    that a table and the tables made from it by `append` and `replace` share what is equal. Use `build`.
 
-    rows      [N, D] float32 (the item table itself, not a copy) or bfloat16
-    coef      [N] float32, the bound's factor of Q, rounded up
-    max_coef  at least the largest of `coef`      max_norm  at least the largest |row|; 0 for an empty table
+    dtype      float32, bfloat16 or int8
+    chunks     float32: the item table itself, not a copy; else tensors of `CHUNK` rows (the last may be shorter), in
+               bfloat16, or in uint8: 128 + the whole number
+    bounds     [ceil(N / 64), 4] float32: of each block the largest |e| or |e'|, the largest |e - e'| (of float32 rows:
+               as rounded to bfloat16), the scale, nothing
+    n_rows, dim
+    certified  False: the scan keeps the k best by its own scores, which the definition then scores and orders: a row
+               may be missed where the scan's error (2^-9 of bfloat16, about 2^-7 of int8) swaps it with the k-th
+    automatic  made without a dtype: backends may scan a copy of their own choice (see `for_cpu`)
     """
 
-    rows: Tensor
-    coef: Tensor
-    max_coef: float
-    max_norm: float
+    dtype: torch.dtype
+    chunks: tuple[Tensor, ...]
+    bounds: Tensor
+    n_rows: int
+    dim: int
+    certified: bool = True
+    automatic: bool = False
 
     @classmethod
-    def build(cls, item_emb: Tensor, dtype: torch.dtype = torch.float32) -> ScanTable:
-        """From the float32 item table [N, D]. The dtype changes the speed of the scan, never its answer."""
+    def build(cls, item_emb: Tensor, dtype: torch.dtype | None = torch.float32, *, certified: bool = True) -> ScanTable:
+        """From the float32 item table [N, D]. The dtype changes the speed of the scan, never its (certified) answer.
+
+        None is float32 with leave for a backend to choose: the C++ engine makes an int8 copy when it first scans, a
+        quarter of the table's memory, because that is the fastest for every batch size.
+        """
+        if dtype is None:
+            return replace(cls.build(item_emb, certified=certified), automatic=True)
         if dtype not in SCAN_DTYPES:
             accepted = ", ".join(dtype_name(known) for known in SCAN_DTYPES)
             raise InvalidArgument(f"scan_dtype: cannot scan in {dtype_name(dtype)}; accepted: {accepted}")
         n_rows, dim = item_emb.shape
-        rows = item_emb.to(dtype)
-        norm = torch.zeros(n_rows, dtype=torch.float64, device=item_emb.device)
-        residual = torch.zeros_like(norm)
-        for lo, hi in slices(n_rows, budget(item_emb.device) // max(1, dim)):
-            exact = item_emb[lo:hi].double()
-            norm[lo:hi] = exact.norm(dim=1)
-            if dtype != torch.float32:
-                residual[lo:hi] = (exact - rows[lo:hi].double()).norm(dim=1)
-        coef = _up(norm * _relative_error(dtype, dim) + residual)
-        return cls(rows, coef, float(coef.max()) if n_rows else 0.0, float(norm.max()) if n_rows else 0.0)
+        if dtype == torch.float32:
+            return cls(dtype, (item_emb,), _pack(item_emb, dtype)[1], n_rows, dim, certified)
+        parts = [_pack(item_emb[lo:hi], dtype) for lo, hi in slices(len(item_emb), CHUNK)]
+        chunks, bounds = ([part[i] for part in parts] for i in (0, 1))
+        return cls(dtype, tuple(chunks), _joined(bounds, item_emb), n_rows, dim, certified)
+
+    def append(self, item_emb: Tensor) -> ScanTable:
+        """Of the item table [N', D], whose first N rows are those of this one."""
+        whole = self.n_rows // BLOCK * BLOCK  # the rows of whole blocks, which stay as they are
+        rows, bounds = _pack(item_emb[whole:], self.dtype)
+        bounds = torch.cat([self.bounds[: whole // BLOCK], bounds])
+        if self.dtype == torch.float32:
+            return self._like((item_emb,), bounds, item_emb)
+        kept = whole // CHUNK
+        if whole % CHUNK:
+            rows = torch.cat([self.chunks[kept][: whole % CHUNK], rows])
+        added = [rows[lo:hi] for lo, hi in slices(len(rows), CHUNK)]
+        # each a tensor of its own, so that none keeps the memory of the others
+        return self._like((*self.chunks[:kept], *(chunk.clone() for chunk in added)), bounds, item_emb)
+
+    def replace(self, at: Tensor, item_emb: Tensor) -> ScanTable:
+        """Of the item table [N, D], which differs from that of this one in the rows `at`."""
+        if not at.numel():
+            return self._like((item_emb,) if self.dtype == torch.float32 else self.chunks, self.bounds, item_emb)
+        blocks = torch.unique(at // BLOCK)  # ascending, so that a block that is not full comes last
+        rows = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=at.device)).flatten()
+        rows = rows[rows < self.n_rows]
+        packed, changed = _pack(item_emb[rows], self.dtype)
+        bounds = self.bounds.clone()
+        bounds[blocks] = changed
+        if self.dtype == torch.float32:
+            return self._like((item_emb,), bounds, item_emb)
+        chunks = list(self.chunks)
+        for chunk in torch.unique(rows // CHUNK).tolist():
+            here = rows // CHUNK == chunk
+            chunks[chunk] = chunks[chunk].clone()
+            chunks[chunk][rows[here] % CHUNK] = packed[here]
+        return self._like(tuple(chunks), bounds, item_emb)
+
+    def _like(self, chunks: tuple[Tensor, ...], bounds: Tensor, item_emb: Tensor) -> ScanTable:
+        return replace(self, chunks=chunks, bounds=bounds, n_rows=len(item_emb))
+
+    def __getitem__(self, part: slice) -> ScanTable:
+        """The table of the first rows: scan[:n]."""
+        if part.start not in (None, 0) or part.step not in (None, 1):
+            raise InvalidArgument(f"ScanTable: only the first rows can be taken, scan[:n] (got {part})")
+        n = len(range(self.n_rows)[part])
+        if n == self.n_rows:
+            return self
+        size = max(1, self.n_rows) if self.dtype == torch.float32 else CHUNK
+        chunks = tuple(chunk[: n - i * size] for i, chunk in enumerate(self.chunks) if i == 0 or i * size < n)
+        return replace(self, chunks=chunks, bounds=self.bounds[: -(-n // BLOCK)], n_rows=n)
+
+    def for_cpu(self, item_emb: Tensor) -> ScanTable:
+        """What the C++ engine scans: this table, or an int8 copy that is made once where the dtype was left open."""
+        if not self.automatic:
+            return self
+        made: ScanTable | None = self.__dict__.get("_int8")
+        if made is None:  # two threads may both make it; one copy stays
+            made = ScanTable.build(item_emb, torch.int8, certified=self.certified)
+            self.__dict__["_int8"] = made
+        return made
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.rows.dtype
+    def device(self) -> torch.device:
+        return self.bounds.device
 
-    def __getitem__(self, part: slice | Tensor) -> ScanTable:
-        """The table of some of the rows."""
-        return ScanTable(self.rows[part], self.coef[part], self.max_coef, self.max_norm)
+    @cached_property
+    def max_norm(self) -> float:
+        """At least the largest |e|; 0 for an empty table."""
+        return float(self.bounds[:, 0].max()) if self.n_rows else 0.0
+
+    # --- as plain PyTorch scans it ------------------------------------------------------------------------------------
+
+    @cached_property
+    def coef(self) -> Tensor:
+        """[N] float32, rounded up: |scanned - score| <= |q| coef + tiny."""
+        bounds = self.bounds.double()
+        coef = bounds[:, 0] * _relative_error(self.dtype, self.dim)
+        if self.dtype != torch.float32:
+            coef += bounds[:, 1]
+        return _up(coef).repeat_interleave(BLOCK)[: self.n_rows]
+
+    @cached_property
+    def max_coef(self) -> float:
+        return float(self.coef.max()) if self.n_rows else 0.0
 
     def scanned(self, query: Tensor, lo: int, hi: int, out: Tensor | None = None) -> Tensor:
         """[B, hi - lo] float32 or bfloat16: the scores of rows lo .. hi - 1, within the bound."""
-        rows = self.rows[lo:hi]
+        rows = self._rows(lo, hi)
         if self.dtype == torch.bfloat16:
             query = query.to(torch.bfloat16)
             if rows.device.type != "cpu":
@@ -89,14 +187,26 @@ class ScanTable:
                 query, rows = query.float(), rows.float()
         return torch.mm(query, rows.T, out=out)
 
+    def _rows(self, lo: int, hi: int) -> Tensor:
+        """e' of rows lo .. hi - 1."""
+        if self.dtype == torch.float32:
+            return self.chunks[0][lo:hi]
+        chunks = range(lo // CHUNK, max(lo, hi - 1) // CHUNK + 1)
+        parts = [self.chunks[i][max(0, lo - i * CHUNK) : hi - i * CHUNK] for i in chunks]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.dtype == torch.bfloat16:
+            return rows
+        scale = self.bounds[:, 2].index_select(0, torch.arange(lo, hi, device=rows.device) // BLOCK)
+        return (rows.float() - 128.0) * scale[:, None]
+
     def scanned_dtype(self) -> torch.dtype:
-        return self.dtype if self.rows.device.type == "cpu" else torch.float32
+        return torch.bfloat16 if self.dtype == torch.bfloat16 and self.device.type == "cpu" else torch.float32
 
     def looseness(self, dim: int) -> float:
-        """The factor by which the float32 matmul of this moment exceeds the bound's share of E."""
-        if self.dtype != torch.float32:  # bfloat16 inputs lose nothing by being rounded again
+        """The factor by which the float32 matmul of this moment exceeds the bound's share of |e|."""
+        if self.dtype == torch.bfloat16:  # bfloat16 inputs lose nothing by being rounded again
             return 1.0
-        return 1.0 + _input_rounding(self.rows.device) / _relative_error(torch.float32, dim)
+        return 1.0 + _input_rounding(self.device) / _relative_error(torch.float32, dim)
 
     def slack(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """(factor [B], tiny [B]) float32, rounded up: |scanned - score| <= factor coef + tiny."""
@@ -113,9 +223,9 @@ class ScanTable:
 
 def _relative_error(dtype: torch.dtype, dim: int) -> float:
     # matrix units may truncate their sums, so the unit of a bfloat16 scan is four times that of rounded float32
-    unit = 2.0**-24 if dtype == torch.float32 else 2.0**-22
-    gamma = (dim + 12) * unit / (1.0 - (dim + 12) * unit)
-    return gamma if dtype == torch.float32 else gamma + 2.0**-8 + 2.0**-8 * (1.0 + 2.0**-6)
+    unit = 2.0**-22 if dtype == torch.bfloat16 else 2.0**-24
+    gamma = (dim + 16) * unit / (1.0 - (dim + 16) * unit)
+    return gamma + 2.0**-8 + 2.0**-8 * (1.0 + 2.0**-6) if dtype == torch.bfloat16 else gamma
 
 
 def _input_rounding(device: torch.device) -> float:
@@ -127,6 +237,53 @@ def _input_rounding(device: torch.device) -> float:
 def _up(values: Tensor) -> Tensor:
     """float64 to float32, never to a smaller number and never to a subnormal."""
     return (values * (1.0 + 2.0**-20) + 2.0**-120).float()
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def _pack(item_emb: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rows as stored [N, D], bounds [ceil(N / 64), 4]) of float32 rows, from a block's start; float32 rows as is."""
+    if item_emb.device.type == "cpu" and library.why_not() is None:
+        rows, bounds = torch.ops.fastdiff.topk_pack.default(item_emb, STORED[dtype])
+        return (item_emb if dtype == torch.float32 else rows), bounds
+    rows, all_bounds = [], []
+    step = max(1, budget(item_emb.device) // (BLOCK * max(1, item_emb.shape[1]))) * BLOCK
+    for lo, hi in slices(len(item_emb), step):
+        part, bounds = _pack_in_torch(item_emb[lo:hi], dtype)
+        all_bounds.append(bounds)
+        rows.append(part)
+    if dtype == torch.float32:
+        return item_emb, _joined(all_bounds, item_emb)
+    return (torch.cat(rows) if rows else torch.zeros_like(item_emb, dtype=_stored_dtype(dtype))), _joined(
+        all_bounds, item_emb
+    )
+
+
+def _pack_in_torch(item_emb: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    n, dim = item_emb.shape
+    blocks = F.pad(item_emb, (0, 0, 0, -n % BLOCK)).view(-1, BLOCK, dim)
+    scale = torch.ones(len(blocks), device=item_emb.device)
+    if dtype == torch.int8:
+        scale = (blocks.abs().amax((1, 2)) / 127.0).clamp_(min=_SMALLEST_SCALE)
+        whole = (blocks / scale[:, None, None]).round_().clamp_(-127.0, 127.0)
+        rows, scanned = (whole + 128.0).to(torch.uint8), whole * scale[:, None, None]
+    else:
+        rows = blocks.to(torch.bfloat16)
+        scanned = rows.float()
+    exact, approximate = blocks.double(), scanned.double()
+    norm = torch.maximum(exact.norm(dim=2), approximate.norm(dim=2)).amax(1)
+    residual = (exact - approximate).norm(dim=2).amax(1)
+    bounds = torch.stack([_up(norm), _up(residual), scale, torch.zeros_like(scale)], dim=1)
+    return rows.view(-1, dim)[:n], bounds
+
+
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.int8 else dtype
+
+
+def _joined(bounds: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(bounds) if bounds else torch.zeros(0, 4, device=like.device)
 
 
 # --- one top-k over all scores ----------------------------------------------------------------------------------------
@@ -168,7 +325,7 @@ def scan_at_once(
 
 def worth_at_once(n_users: int, n_rows: int, k: int, scan: ScanTable) -> bool:
     """Whether the table is so small that `scan_at_once` is the faster way."""
-    scored = n_users * _at_once_width(n_rows, k, scan) * scan.rows.shape[1]
+    scored = n_users * _at_once_width(n_rows, k, scan) * scan.dim
     most = AT_ONCE if scan.dtype == torch.float32 else AT_ONCE // 4  # a top-k over bfloat16 is the slower one
     return n_users * n_rows <= most and scored <= most
 
@@ -195,7 +352,7 @@ def scan_in_chunks(
     their bounds, are scores that k different rows surely reach, so the lowest of the k is a floor under the k-th best
     score. Only blocks whose highest may reach the floor are opened. The floor rises from chunk to chunk.
     """
-    n_users, n_rows, device = query.shape[0], scan.rows.shape[0], query.device
+    n_users, n_rows, device = query.shape[0], scan.n_rows, query.device
     factor, tiny = (bound[:, None] for bound in scan.slack(query))
     chunk = chunk_rows(n_users, n_rows, k, device)
     chunks = list(slices(n_rows, chunk))

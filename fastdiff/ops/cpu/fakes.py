@@ -34,3 +34,38 @@ def _denoise_mlp_loop(
     x_t: Tensor | None, weights: Tensor, widths: list[int], activation: int, norm_eps: float, cond: Tensor, *_: object
 ) -> Tensor:
     return cond.new_empty((cond.shape[0], widths[0]))
+
+
+@torch.library.register_fake("fastdiff::score_topk")
+def _score_topk(query: Tensor, item_emb: Tensor, k: int, *_: object) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], k)
+    return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape)
+
+
+@torch.library.register_fake("fastdiff::topk_pack")
+def _topk_pack(item_emb: Tensor, stored: int) -> tuple[Tensor, Tensor]:
+    n_rows, dim = item_emb.shape
+    rows = item_emb.new_empty((n_rows if stored else 0, dim), dtype=torch.bfloat16 if stored == 1 else torch.uint8)
+    return rows, item_emb.new_empty(((n_rows + 63) // 64, 4))
+
+
+@torch.library.register_fake("fastdiff::encode_padded_history")
+def _encode_padded_history(items: Tensor, lengths: Tensor, item_table: Tensor, *_: object) -> Tensor:
+    return item_table.new_empty((items.shape[0], item_table.shape[1]))
+
+
+@torch.library.register_fake("fastdiff::decode_context")
+def _decode_context(
+    context: Tensor,
+    weights: Tensor,
+    heads: int,
+    coupled: bool,
+    gelu: bool,
+    eps: float,
+    cross: Tensor,
+    coef: Tensor,
+    normalize: bool,
+    num_samples: int,
+    *_: object,
+) -> Tensor:
+    return context.new_empty((context.shape[0] * num_samples, context.shape[1]))

@@ -1,0 +1,150 @@
+// levels: baseline avx2 avx512
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own headers
+#endif
+#include "dot_panel.h"
+#include "score_topk_exact.h"
+
+namespace fastdiff {
+namespace FASTDIFF_LEVEL {
+
+// A product of two float32 is exact in float64, so it does not matter whether it is fused with the sum.
+void topk_exact(const topk::ExactArgs& args) {
+  const int64_t dim = args.dim;
+  for (int64_t at = 0; at < args.n; at += 16) {
+    const int64_t here = args.n - at < 16 ? args.n - at : 16;
+    const float* rows[16];
+    for (int64_t i = 0; i < 16; i++) {
+      const int64_t j = at + (i < here ? i : 0);
+      rows[i] = reinterpret_cast<const float*>(args.items + (args.rows == nullptr ? args.first + j : args.rows[j]) * args.row_bytes);
+    }
+#if defined(__AVX2__)
+    if (args.rows != nullptr) {
+      for (int64_t j = at + 16; j < at + 32 && j < args.n; j++) {
+        const char* row = args.items + args.rows[j] * args.row_bytes;
+        for (int64_t byte = 0; byte < 4 * dim; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
+      }
+    }
+#endif
+    to_panel(rows, dim, args.scratch);
+    alignas(64) float scores[16];
+#if defined(__AVX512F__)
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    for (int64_t k = 0; k < dim; k++) {
+      const __m512d q = _mm512_set1_pd(static_cast<double>(args.query[k]));
+      low = _mm512_fmadd_pd(q, _mm512_cvtps_pd(_mm256_load_ps(args.scratch + k * 16)), low);
+      high = _mm512_fmadd_pd(q, _mm512_cvtps_pd(_mm256_load_ps(args.scratch + k * 16 + 8)), high);
+    }
+    _mm256_store_ps(scores, _mm512_cvtpd_ps(low));
+    _mm256_store_ps(scores + 8, _mm512_cvtpd_ps(high));
+#else
+    double sums[16] = {};
+    for (int64_t k = 0; k < dim; k++) {
+      const double q = static_cast<double>(args.query[k]);
+      for (int i = 0; i < 16; i++) sums[i] += q * static_cast<double>(args.scratch[k * 16 + i]);
+    }
+    for (int i = 0; i < 16; i++) scores[i] = static_cast<float>(sums[i]);
+#endif
+    for (int64_t i = 0; i < here; i++) args.scores[at + i] = scores[i] + 0.0f;
+  }
+}
+
+namespace {
+
+float up(double value) { return static_cast<float>(value * (1.0 + 0x1p-20) + 0x1p-120); }
+
+struct Norms {
+  double row, scanned, residual;  // squared
+};
+
+// Four chains, because the compiler may not make them itself.
+Norms norms(const float* row, const float* scanned, int64_t dim) {
+  double r[8] = {}, s[8] = {}, d[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= dim; i += 8) {
+    for (int j = 0; j < 8; j++) {
+      const double a = static_cast<double>(row[i + j]), b = static_cast<double>(scanned[i + j]);
+      r[j] += a * a;
+      s[j] += b * b;
+      d[j] += (a - b) * (a - b);
+    }
+  }
+  for (; i < dim; i++) {
+    const double a = static_cast<double>(row[i]), b = static_cast<double>(scanned[i]);
+    r[0] += a * a;
+    s[0] += b * b;
+    d[0] += (a - b) * (a - b);
+  }
+  Norms sum = {0.0, 0.0, 0.0};
+  for (int j = 0; j < 8; j++) {
+    sum.row += r[j];
+    sum.scanned += s[j];
+    sum.residual += d[j];
+  }
+  return sum;
+}
+
+}  // namespace
+
+void topk_pack(const topk::PackArgs& args) {
+  using namespace topk;
+  constexpr int64_t kPiece = 256;  // of a row at a time
+  const int64_t dim = args.dim;
+  for (int64_t first = 0; first < args.n_rows; first += kBlock) {
+    const int64_t here = args.n_rows - first < kBlock ? args.n_rows - first : kBlock;
+    Bound& bound = args.bounds[first / kBlock];
+    bound = Bound{0.0f, 0.0f, 1.0f, 0.0f};
+    float inverse = 1.0f;
+    if (args.stored == Stored::int8) {
+      float largest = 0.0f;
+      for (int64_t i = 0; i < here; i++) {
+        const float* row = reinterpret_cast<const float*>(args.items + (first + i) * args.row_bytes);
+        for (int64_t k = 0; k < dim; k++) {
+          const float size = __builtin_fabsf(row[k]);
+          largest = size > largest ? size : largest;
+        }
+      }
+      bound.scale = largest / 127.0f > 0x1p-60f ? largest / 127.0f : 0x1p-60f;
+      inverse = 1.0f / bound.scale;
+    }
+    double norm = 0.0, residual = 0.0;
+    for (int64_t i = 0; i < here; i++) {
+      const float* row = reinterpret_cast<const float*>(args.items + (first + i) * args.row_bytes);
+      Norms sum = {0.0, 0.0, 0.0};
+      for (int64_t k = 0; k < dim; k += kPiece) {
+        const int64_t piece = dim - k < kPiece ? dim - k : kPiece;
+        float scanned[kPiece];
+        if (args.stored == Stored::int8) {
+          uint8_t* out = reinterpret_cast<uint8_t*>(args.rows) + (first + i) * dim + k;
+          for (int64_t j = 0; j < piece; j++) {
+            float x = row[k + j] * inverse;
+            x = x < -127.0f ? -127.0f : x;
+            x = x > 127.0f ? 127.0f : x;
+            x = (x + 12582912.0f) - 12582912.0f;  // to the nearest whole number
+            out[j] = static_cast<uint8_t>(static_cast<int32_t>(x) + 128);
+            scanned[j] = x * bound.scale;
+          }
+        } else {
+          uint16_t half[kPiece];
+          narrow_bfloat16(row + k, piece, half);
+          widen_bfloat16(reinterpret_cast<const char*>(half), piece, scanned);
+          if (args.stored == Stored::bfloat16) {
+            std::memcpy(args.rows + 2 * ((first + i) * dim + k), half, static_cast<size_t>(2 * piece));
+          }
+        }
+        const Norms more = norms(row + k, scanned, piece);
+        sum.row += more.row;
+        sum.scanned += more.scanned;
+        sum.residual += more.residual;
+      }
+      const double larger = sum.row > sum.scanned ? sum.row : sum.scanned;
+      norm = larger > norm ? larger : norm;
+      residual = sum.residual > residual ? sum.residual : residual;
+    }
+    bound.norm = up(__builtin_sqrt(norm));
+    bound.residual = up(__builtin_sqrt(residual));
+  }
+}
+
+}  // namespace FASTDIFF_LEVEL
+}  // namespace fastdiff

@@ -1,0 +1,454 @@
+// levels: baseline avx2 avx512 avx512_vnni avx512_bf16 amx
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own headers
+#endif
+#include "dot_tiles.h"
+#include "score_topk.h"
+
+namespace fastdiff {
+namespace FASTDIFF_LEVEL {
+namespace {
+
+using namespace topk;
+
+// One block of 64 rows on its way through the scan.
+struct Block {
+  const char* rows[kBlock];  // beyond the last row: a row of zeros
+  int32_t first;             // the number of the first row, where they lie one behind the other
+  const int32_t* numbers;    // or the numbers of all
+  uint64_t valid;            // a bit per row that may be kept
+  bool in_place;             // the rows are evenly spaced
+  Bound bound;
+};
+
+class Scan {
+ public:
+  explicit Scan(const ScanArgs& args)
+      : args_(args), table_(args.table), queries_(args.queries), slot_(*args.slot), dim_(args.table.dim) {
+    char* at = slot_.scratch;
+    const int64_t row = round_up(4 * dim_, 64) + 64;
+    wide_ = reinterpret_cast<float*>(at);
+    packed_ = at += kBlock * row;
+    zeros_ = at += kBlock * row;
+    sums_ = at += row;
+    thresholds_ = at += 2 * kBlock * kTile * 4;
+    row_ = row;
+    std::memset(zeros_, table_.stored == Stored::int8 ? 128 : 0, static_cast<size_t>(row));
+  }
+
+  void run() {
+    for (int64_t block = args_.first_block; block < args_.last_block; block++) {
+      if (!open(block)) continue;
+      set_thresholds();
+      switch (args_.product) {
+        case Product::float32:
+          float32();
+          break;
+        case Product::bfloat16:
+          bfloat16();
+          break;
+        case Product::int8:
+          int8();
+          break;
+        case Product::bfloat16_tiles:
+          tiles<false>();
+          break;
+        case Product::int8_tiles:
+          tiles<true>();
+          break;
+      }
+    }
+  }
+
+ private:
+  float* thresholds() { return reinterpret_cast<float*>(thresholds_); }
+  int32_t* whole_thresholds() { return reinterpret_cast<int32_t*>(thresholds_); }
+
+  // --- rows ----------------------------------------------------------------------------------------------------------
+
+  // False where no row of the block may be kept.
+  bool open(int64_t block) {
+    const int64_t first = block * kBlock, n = args_.some == nullptr ? table_.n_rows : args_.n_some;
+    const int64_t here = n - first < kBlock ? n - first : kBlock;
+    block_.valid = here == kBlock ? ~uint64_t{0} : (uint64_t{1} << here) - 1u;
+    if (args_.allowed != nullptr) block_.valid &= args_.allowed[block];
+    if (block_.valid == 0) return false;
+    block_.first = static_cast<int32_t>(first);
+    block_.in_place = here == kBlock && args_.some == nullptr;
+    if (args_.some == nullptr) {
+      block_.numbers = nullptr;
+      block_.bound = table_.bounds[block];
+      const char* row = table_.row(first);
+      for (int64_t i = 0; i < here; i++) block_.rows[i] = row + i * table_.row_bytes;
+    } else {
+      block_.numbers = args_.some + first;
+      block_.bound = Bound{0.0f, 0.0f, 0.0f, 0.0f};
+      for (int64_t i = 0; i < here; i++) {
+        const int64_t number = block_.numbers[i];
+        const Bound& bound = table_.bounds[number / kBlock];
+        if (bound.norm > block_.bound.norm) block_.bound.norm = bound.norm;
+        if (bound.residual > block_.bound.residual) block_.bound.residual = bound.residual;
+        block_.rows[i] = table_.row(number);
+      }
+      for (int64_t i = here; i < kBlock && first + i < args_.n_some; i++) block_.rows[i] = zeros_;
+    }
+    for (int64_t i = here; i < kBlock; i++) block_.rows[i] = zeros_;
+    prefetch(block);
+    return true;
+  }
+
+  // The rows that come after the next.
+  void prefetch(int64_t block) const {
+#if defined(__AVX2__)
+    const int64_t ahead = (block + 2) * kBlock;
+    if (args_.some != nullptr) {
+      for (int64_t i = ahead; i < ahead + kBlock && i < args_.n_some; i++) {
+        const char* row = table_.row(args_.some[i]);
+        for (int64_t at = 0; at < 4 * dim_; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+      }
+    } else if (ahead + kBlock <= table_.n_rows) {
+      const char* row = table_.row(ahead);
+      for (int64_t at = 0; at < kBlock * table_.row_bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+    }
+#else
+    (void)block;
+#endif
+  }
+
+  // Row i of the block in float32, in place or in `space`.
+  const float* wide_row(int64_t i, float* space) const {
+    switch (table_.stored) {
+      case Stored::float32:
+        return reinterpret_cast<const float*>(block_.rows[i]);
+      case Stored::bfloat16:
+        widen_bfloat16(block_.rows[i], dim_, space);
+        return space;
+      default:
+        widen_int8(block_.rows[i], block_.bound.scale, dim_, space);
+        return space;
+    }
+  }
+
+  // All rows as panels [4][dim, 16] of float32.
+  const float* wide_panels() {
+    float* panels = reinterpret_cast<float*>(packed_);
+    for (int group = 0; group < 4; group++) {
+      const float* rows[16];
+      for (int i = 0; i < 16; i++) rows[i] = wide_row(group * 16 + i, wide_ + i * (row_ / 4));
+      to_panel(rows, dim_, panels + group * 16 * dim_);
+    }
+    return panels;
+  }
+
+  // All rows as panels [4][steps, 16] of words; the stored rows are as wide as that, or padded with zeros here.
+  const float* word_panels() {
+    const int64_t bytes = dim_ * (table_.stored == Stored::int8 ? 1 : 2), steps = queries_.steps;
+    float* panels = reinterpret_cast<float*>(packed_);
+    for (int group = 0; group < 4; group++) {
+      const float* rows[16];
+      for (int i = 0; i < 16; i++) {
+        const char* row = block_.rows[group * 16 + i];
+        if (table_.stored == Stored::float32 || bytes != 4 * steps) {
+          char* space = reinterpret_cast<char*>(wide_) + i * row_;
+          narrow_row(row, space, 4 * steps);
+          row = space;
+        }
+        rows[i] = reinterpret_cast<const float*>(row);
+      }
+      to_panel(rows, steps, panels + group * 16 * steps);
+    }
+    return panels;
+  }
+
+  // A row as bfloat16 or as it is stored, padded to `width` bytes. A padded query is zero there.
+  void narrow_row(const char* row, char* out, int64_t width) const {
+    const int64_t bytes = dim_ * (table_.stored == Stored::int8 ? 1 : 2);
+    if (table_.stored != Stored::float32) {
+      std::memcpy(out, row, static_cast<size_t>(bytes));
+    } else {
+#if defined(__AVX512BF16__)
+      const float* from = reinterpret_cast<const float*>(row);
+      int64_t i = 0;
+      for (; i + 32 <= dim_; i += 32) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
+        _mm512_storeu_si512(out + 2 * i, (__m512i)both);
+      }
+      narrow_bfloat16(from + i, dim_ - i, reinterpret_cast<uint16_t*>(out) + i);
+#else
+      narrow_bfloat16(reinterpret_cast<const float*>(row), dim_, reinterpret_cast<uint16_t*>(out));
+#endif
+    }
+    std::memset(out + bytes, 0, static_cast<size_t>(width - bytes));
+  }
+
+  // --- thresholds ----------------------------------------------------------------------------------------------------
+
+  float slack(int64_t q) const {
+    return queries_.by_residual[q] * block_.bound.residual + queries_.by_norm[q] * block_.bound.norm + queries_.tiny[q];
+  }
+
+  bool whole() const { return args_.product == Product::int8 || args_.product == Product::int8_tiles; }
+
+  void set_thresholds() {
+    if (!whole()) {
+      float* out = thresholds();
+      for (int64_t q = 0; q < queries_.n_padded; q++) out[q] = slot_.floor[q] - slack(q);
+      return;
+    }
+    // sum >= zero + (floor - slack) / (scales), rounded down by more than the division may round up
+    int32_t* out = whole_thresholds();
+    for (int64_t q = 0; q < queries_.n_padded; q++) {
+      const float quotient = (slot_.floor[q] - slack(q)) / (queries_.scale[q] * block_.bound.scale);
+      float low = quotient - (quotient < 0.0f ? -quotient : quotient) * 0x1p-20f - 1.0f;
+      low = low < -0x1p30f ? -0x1p30f : low;
+      low = low > 0x1p30f ? 0x1p30f : low;
+      out[q] = static_cast<int32_t>(low) + queries_.zero[q];
+    }
+  }
+
+  // --- what is kept --------------------------------------------------------------------------------------------------
+
+  FASTDIFF_INLINE void keep(int64_t q, int64_t i, float score) {
+    if (!((block_.valid >> i) & 1u)) return;
+    const float room = slack(q), high = score + room;
+    if (!(high >= slot_.floor[q])) return;
+    const int32_t number = block_.numbers == nullptr ? block_.first + static_cast<int32_t>(i) : block_.numbers[i];
+    if (args_.denied != nullptr) {
+      const Denied& denied = args_.denied[q];
+      if (denied.places != nullptr && denied.has(static_cast<uint32_t>(number))) return;
+    }
+    Kept& kept = slot_.kept[q];
+    kept.low[kept.count] = score - room;
+    kept.high[kept.count] = high;
+    kept.row[kept.count] = number;
+    if (++kept.count == kept.capacity) slot_.full(slot_, q);
+  }
+
+  float score_of(int64_t q, int32_t sum) const {
+    return static_cast<float>(sum - queries_.zero[q]) * (queries_.scale[q] * block_.bound.scale);
+  }
+
+  // --- products with vectors -----------------------------------------------------------------------------------------
+
+  template <int n>
+  FASTDIFF_INLINE void compare(int64_t q, int64_t first_item, const Vec sums[n][kVectors]) {
+    for (int i = 0; i < n; i++) {
+      const Vec threshold = set1(thresholds()[q + i]);
+      Vec highest = sums[i][0];
+      for (int v = 1; v < kVectors; v++) highest = max(highest, sums[i][v]);
+      if (__builtin_expect(bits(greater(threshold, highest)) == (1u << kLanes) - 1u, 1)) continue;
+      for (int v = 0; v < kVectors; v++) {
+        uint32_t hits = ~bits(greater(threshold, sums[i][v])) & ((1u << kLanes) - 1u);
+        if (hits == 0) continue;
+        alignas(64) float score[kLanes];
+        store(score, sums[i][v]);
+        for (; hits != 0; hits &= hits - 1) {
+          const int lane = __builtin_ctz(hits);
+          keep(q + i, first_item + v * kLanes + lane, score[lane]);
+        }
+      }
+    }
+  }
+
+  template <int n>
+  void float32_tile(int64_t q, int64_t item, const float* panel) {
+    Vec sums[n][kVectors];
+    dot_float32<n>(panel, queries_.floats + q * dim_, dim_, sums);
+    compare<n>(q, item, sums);
+  }
+
+  void float32() {
+    const float* panels = wide_panels();
+    for (int64_t item = 0; item < kBlock; item += kItems) {
+      const float* panel = panels + item * dim_;
+      int64_t q = 0;
+      for (; q + kQueries <= queries_.n; q += kQueries) float32_tile<kQueries>(q, item, panel);
+      switch (queries_.n - q) {
+        case 5:
+          float32_tile<kQueries < 5 ? 1 : 5>(q, item, panel);
+          break;
+        case 4:
+          float32_tile<kQueries < 4 ? 1 : 4>(q, item, panel);
+          break;
+        case 3:
+          float32_tile<kQueries < 3 ? 1 : 3>(q, item, panel);
+          break;
+        case 2:
+          float32_tile<2>(q, item, panel);
+          break;
+        case 1:
+          float32_tile<1>(q, item, panel);
+          break;
+        default:
+          break;
+      }
+    }
+  }
+
+#if defined(__AVX512BF16__)
+  template <int n>
+  void bfloat16_tile(int64_t q, const float* panel) {
+    Vec sums[n][kVectors];
+    dot_bfloat16<n>(panel, queries_.words + q * queries_.steps, queries_.steps, sums);
+    compare<n>(q, 0, sums);
+  }
+
+  void bfloat16() {
+    const float* panel = word_panels();
+    int64_t q = 0;
+    for (; q + kQueries <= queries_.n; q += kQueries) bfloat16_tile<kQueries>(q, panel);
+    for (; q + 2 <= queries_.n; q += 2) bfloat16_tile<2>(q, panel);
+    if (q < queries_.n) bfloat16_tile<1>(q, panel);
+  }
+#else
+  void bfloat16() {}
+#endif
+
+#if defined(__AVX512VNNI__)
+  template <int n>
+  void int8_tile(int64_t q, const float* panel) {
+    __m512i sums[n][kVectors];
+    dot_int8<n>(panel, queries_.words + q * queries_.steps, queries_.steps, sums);
+    for (int i = 0; i < n; i++) {
+      const __m512i threshold = _mm512_set1_epi32(whole_thresholds()[q + i]);
+      __m512i highest = sums[i][0];
+      for (int v = 1; v < kVectors; v++) highest = _mm512_max_epi32(highest, sums[i][v]);
+      if (__builtin_expect(_mm512_cmpge_epi32_mask(highest, threshold) == 0, 1)) continue;
+      for (int v = 0; v < kVectors; v++) {
+        uint32_t hits = _mm512_cmpge_epi32_mask(sums[i][v], threshold);
+        if (hits == 0) continue;
+        alignas(64) int32_t sum[16];
+        _mm512_store_si512(sum, sums[i][v]);
+        for (; hits != 0; hits &= hits - 1) {
+          const int lane = __builtin_ctz(hits);
+          keep(q + i, v * 16 + lane, score_of(q + i, sum[lane]));
+        }
+      }
+    }
+  }
+
+  void int8() {
+    const float* panel = word_panels();
+    int64_t q = 0;
+    for (; q + kQueries <= queries_.n; q += kQueries) int8_tile<kQueries>(q, panel);
+    for (; q + 2 <= queries_.n; q += 2) int8_tile<2>(q, panel);
+    if (q < queries_.n) int8_tile<1>(q, panel);
+  }
+#else
+  void int8() {}
+#endif
+
+  // --- products with AMX's tiles -------------------------------------------------------------------------------------
+
+#if defined(__AMX_TILE__)
+  template <bool int8>
+  void tiles() {
+    const int64_t steps = queries_.steps / 16, width = 64 * steps;
+    const char* rows = block_.rows[0];
+    int64_t apart = table_.row_bytes;
+    const bool as_stored = table_.stored != Stored::float32 && dim_ * (int8 ? 1 : 2) == width;
+    if (!block_.in_place || !as_stored) {
+      for (int64_t i = 0; i < kBlock; i++) narrow_row(block_.rows[i], packed_ + i * width, width);
+      rows = packed_;
+      apart = width;
+    }
+    // each result is looked at while the next is being computed
+    constexpr int64_t kSums = kBlock * kTile * 4;
+    const int64_t n_tiles = (queries_.n + kTile - 1) / kTile, words = queries_.steps * kTile;
+    dot_with_tiles<int8>(rows, apart, queries_.words, steps, sums_);
+    for (int64_t tile = 1; tile < n_tiles; tile++) {
+      dot_with_tiles<int8>(rows, apart, queries_.words + tile * words, steps, sums_ + tile % 2 * kSums);
+      compare_sums<int8>((tile - 1) * kTile, sums_ + (tile - 1) % 2 * kSums);
+    }
+    compare_sums<int8>((n_tiles - 1) * kTile, sums_ + (n_tiles - 1) % 2 * kSums);
+  }
+
+  template <bool int8>
+  FASTDIFF_INLINE void compare_sums(int64_t q, const char* sums) {
+    if (int8) {
+      compare_whole(q, reinterpret_cast<const int32_t*>(sums));
+    } else {
+      compare_tiles(q, reinterpret_cast<const float*>(sums));
+    }
+  }
+
+  void compare_tiles(int64_t q, const float* sums) {
+    const __m512 threshold = _mm512_loadu_ps(thresholds() + q);
+    __m512 highest[4];
+    for (int group = 0; group < 4; group++) highest[group] = _mm512_load_ps(sums + group * 256);
+    for (int row = 1; row < 16; row++) {
+      for (int group = 0; group < 4; group++) {
+        highest[group] = _mm512_max_ps(highest[group], _mm512_load_ps(sums + group * 256 + row * 16));
+      }
+    }
+    const __m512 all = _mm512_max_ps(_mm512_max_ps(highest[0], highest[1]), _mm512_max_ps(highest[2], highest[3]));
+    if (__builtin_expect(_mm512_cmp_ps_mask(all, threshold, _CMP_GE_OQ) == 0, 1)) return;
+    for (int group = 0; group < 4; group++) {
+      if (_mm512_cmp_ps_mask(highest[group], threshold, _CMP_GE_OQ) == 0) continue;
+      for (int row = group * 16; row < group * 16 + 16; row++) {
+        uint32_t hits = _mm512_cmp_ps_mask(_mm512_load_ps(sums + row * 16), threshold, _CMP_GE_OQ);
+        for (; hits != 0; hits &= hits - 1) {
+          const int lane = __builtin_ctz(hits);
+          keep(q + lane, row, sums[row * 16 + lane]);
+        }
+      }
+    }
+  }
+
+  void compare_whole(int64_t q, const int32_t* sums) {
+    const __m512i threshold = _mm512_loadu_si512(whole_thresholds() + q);
+    __m512i highest[4];
+    for (int group = 0; group < 4; group++) highest[group] = _mm512_load_si512(sums + group * 256);
+    for (int row = 1; row < 16; row++) {
+      for (int group = 0; group < 4; group++) {
+        highest[group] = _mm512_max_epi32(highest[group], _mm512_load_si512(sums + group * 256 + row * 16));
+      }
+    }
+    const __m512i all =
+        _mm512_max_epi32(_mm512_max_epi32(highest[0], highest[1]), _mm512_max_epi32(highest[2], highest[3]));
+    if (__builtin_expect(_mm512_cmpge_epi32_mask(all, threshold) == 0, 1)) return;
+    for (int group = 0; group < 4; group++) {
+      if (_mm512_cmpge_epi32_mask(highest[group], threshold) == 0) continue;
+      for (int row = group * 16; row < group * 16 + 16; row++) {
+        uint32_t hits = _mm512_cmpge_epi32_mask(_mm512_load_si512(sums + row * 16), threshold);
+        for (; hits != 0; hits &= hits - 1) {
+          const int lane = __builtin_ctz(hits);
+          keep(q + lane, row, score_of(q + lane, sums[row * 16 + lane]));
+        }
+      }
+    }
+  }
+#else
+  template <bool int8>
+  void tiles() {}
+#endif
+
+  const ScanArgs& args_;
+  const Table& table_;
+  const Queries& queries_;
+  Slot& slot_;
+  const int64_t dim_;
+  int64_t row_;
+  float* wide_;
+  char *packed_, *zeros_, *sums_, *thresholds_;
+  Block block_;
+};
+
+}  // namespace
+
+void topk_scan(const ScanArgs& args) {
+#if defined(__AMX_TILE__)
+  const bool tiles = args.product == Product::bfloat16_tiles || args.product == Product::int8_tiles;
+  if (tiles) {
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+  }
+  Scan(args).run();
+  if (tiles) _tile_release();
+#else
+  Scan(args).run();
+#endif
+}
+
+}  // namespace FASTDIFF_LEVEL
+}  // namespace fastdiff
