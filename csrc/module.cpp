@@ -1,10 +1,13 @@
-// The pybind11 module fastdiff._C: how this build was made and what the CPU of this machine can do. Nothing else.
+// The pybind11 module fastdiff._C: how this build was made, what the CPU of this machine can do, and the packing of
+// histories (python/histories.cpp). Built without torch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 #include <string>
+
+#include "python/histories.h"
 
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64) || defined(_M_IX86)
 #define FASTDIFF_X86 1
@@ -110,8 +113,9 @@ std::map<std::string, bool> cpu_capabilities() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "How this build of fastdiff was made, and what the CPU of this machine can do.";
+  module.doc() = "How this build of fastdiff was made, what the CPU of this machine can do, and the packing of histories.";
   module.def("build_facts", &build_facts, "dict[str, str]: compiler, C++ standard and options of this build.");
   module.def("cpu_capabilities", &cpu_capabilities,
              "dict[str, bool]: instruction sets usable here, asked at run time; empty where that cannot be asked.");
+  fastdiff::bind_item_index(module);
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor
 from fastdiff.catalog import ItemCatalog
 from fastdiff.config import AGGREGATIONS, RANKINGS, SCHEDULERS, GenerationConfig, ModelConfig
 from fastdiff.errors import CatalogError, InvalidArgument
-from fastdiff.models.base import Histories, Model
+from fastdiff.histories import ParsedHistories
+from fastdiff.models.base import Model
 from fastdiff.noise import (
     MAX_SAMPLES,
     GeneratorNoise,
@@ -24,7 +26,6 @@ from fastdiff.noise import (
     Noise,
     PhiloxNoise,
     StartNoise,
-    history_row_key,
     request_row_key,
 )
 from fastdiff.ops.score_topk import UserLists
@@ -36,7 +37,7 @@ Generators = torch.Generator | Sequence[torch.Generator]
 # --- which sampler ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplerRequest:
     """The arguments of one call that say how to sample; None means the generation config's."""
 
@@ -44,6 +45,12 @@ class SamplerRequest:
     num_inference_steps: int | None = None
     timesteps: Sequence[int] | None = None
     eta: float | None = None
+
+    @property
+    def is_default(self) -> bool:
+        if self.scheduler is not None or self.num_inference_steps is not None:
+            return False
+        return self.timesteps is None and self.eta is None
 
     def resolve(self, defaults: GenerationConfig, make_plan: Callable[..., StepPlan]) -> tuple[StepPlan, bool]:
         """The table to run, and whether it is to be run in closed form.
@@ -93,20 +100,36 @@ class SamplerRequest:
         return tuple(t for t in values if t is not None)
 
 
-def resolve_settings(defaults: GenerationConfig, **given: Any) -> GenerationConfig:
-    """`defaults` with the arguments of the call that are not None: top_k, guidance_scale, num_samples, aggregation."""
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in {"top_k", "num_samples"} & given.keys():
-        given[name] = as_int(name, given[name], at_least=1)
-    if "guidance_scale" in given:
-        given["guidance_scale"] = as_float("guidance_scale", given["guidance_scale"])
-    if given.get("aggregation", "max") not in AGGREGATIONS:
-        raise InvalidArgument(
-            f"generate: aggregation must be one of {', '.join(AGGREGATIONS)} (got {given['aggregation']!r})"
-        )
-    if given.get("num_samples", 1) > MAX_SAMPLES:
-        raise InvalidArgument(f"generate: num_samples must be at most {MAX_SAMPLES} (got {given['num_samples']})")
-    return replace(defaults, **given)
+@dataclass
+class Settings:
+    """The numbers of one call; `GenerationConfig` says what they mean."""
+
+    top_k: int
+    guidance_scale: float
+    num_samples: int
+    aggregation: str
+
+
+def resolve_settings(
+    defaults: GenerationConfig,
+    top_k: int | None = None,
+    guidance_scale: float | None = None,
+    num_samples: int | None = None,
+    aggregation: str | None = None,
+) -> Settings:
+    """The arguments of the call; `defaults` where they are None."""
+    k, samples = as_int("top_k", top_k, at_least=1), as_int("num_samples", num_samples, at_least=1)
+    scale = as_float("guidance_scale", guidance_scale)
+    if aggregation is not None and aggregation not in AGGREGATIONS:
+        raise InvalidArgument(f"generate: aggregation must be one of {', '.join(AGGREGATIONS)} (got {aggregation!r})")
+    if samples is not None and samples > MAX_SAMPLES:
+        raise InvalidArgument(f"generate: num_samples must be at most {MAX_SAMPLES} (got {samples})")
+    return Settings(
+        defaults.top_k if k is None else k,
+        defaults.guidance_scale if scale is None else scale,
+        defaults.num_samples if samples is None else samples,
+        defaults.aggregation if aggregation is None else aggregation,
+    )
 
 
 def as_int(name: str, value: Any, at_least: int) -> int | None:
@@ -130,6 +153,8 @@ def as_float(name: str, value: Any) -> float | None:
 
 def _index(value: Any) -> int | None:
     """The int that `value` is; None where it is none."""
+    if type(value) is int:
+        return value
     if isinstance(value, (bool, np.bool_)):
         return None
     try:
@@ -141,7 +166,7 @@ def _index(value: Any) -> int | None:
 # --- which noise ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class NoiseRequest:
     """The arguments of one call that say where its draws come from."""
 
@@ -152,14 +177,14 @@ class NoiseRequest:
 
     def resolve(
         self,
-        window: Histories,
+        histories: ParsedHistories,
         num_samples: int,
         model: Model[Any, Any],
         plan: StepPlan,
         closed: bool,
     ) -> tuple[Noise, int | None]:
         """The call's draws, and the seed where there is one. Draws are of the model's dtype, on its device."""
-        n_users, dim, dtype, device = window.batch_size, model.config.hidden_size, model.dtype, model.device
+        n_users, dim, dtype, device = histories.n_users, model.config.hidden_size, model.dtype, model.device
         if self.generator is not None:
             others = {"seed": self.seed, "request_ids": self.request_ids, "noise": self.noise}
             _exclude("generator", others, "a generator's draws depend on their order alone")
@@ -186,12 +211,10 @@ class NoiseRequest:
                 return GivenNoise(given), None
             start = given[0]
         seed = draw_seed() if self.seed is None else _check_seed(self.seed)
-        if self.request_ids is None:
-            row_key = history_row_key(window.items, window.lengths)
-        else:
-            row_key = request_row_key(self.request_ids, n_users).to(device)
-        sample = torch.arange(num_samples, device=device).repeat(n_users)
-        philox = PhiloxNoise(seed, row_key.repeat_interleave(num_samples), sample, dim, dtype)
+        row_key = histories.row_key if self.request_ids is None else request_row_key(self.request_ids, n_users)
+        row_key = row_key if num_samples == 1 else row_key.repeat_interleave(num_samples)
+        sample = _sample_index(n_users, num_samples, device)
+        philox = PhiloxNoise(seed, row_key.to(device), sample, dim, dtype, model.bound["philox_normals"])
         return (philox if start is None else StartNoise(start, philox)), seed
 
     @staticmethod
@@ -225,6 +248,19 @@ class NoiseRequest:
         return noise.reshape(draws, n_users * num_samples, dim), shape == row
 
 
+def _sample_index(n_users: int, num_samples: int, device: torch.device) -> Tensor:
+    """[B * num_samples] int64: which sample of its user each row is."""
+    few = n_users * num_samples <= 4096
+    return (_kept_sample_index if few else _make_sample_index)(n_users, num_samples, device)
+
+
+def _make_sample_index(n_users: int, num_samples: int, device: torch.device) -> Tensor:
+    return torch.arange(num_samples, device=device).repeat(n_users)
+
+
+_kept_sample_index = lru_cache(maxsize=64)(_make_sample_index)  # nobody writes into it
+
+
 def draw_seed() -> int:
     """A seed from torch's default generator, so that `torch.manual_seed` governs calls without one."""
     return int(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64))
@@ -240,7 +276,7 @@ def _check_seed(seed: int) -> int:
 # --- which candidates -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class RankingRequest:
     """The arguments of one call that say which items may be recommended."""
 
@@ -283,7 +319,10 @@ class RankingRequest:
 
 
 def _rows(catalog: ItemCatalog, items: Sequence[Any] | None, name: str) -> Tensor | None:
-    return None if items is None else torch.from_numpy(_known(catalog, items, name))
+    if items is None:
+        return None
+    read = _read_lists(catalog, [items])
+    return torch.from_numpy(_known(catalog, items, name)) if read is None else read.values
 
 
 def _user_rows(
@@ -294,7 +333,16 @@ def _user_rows(
     if not isinstance(lists, Sequence) or isinstance(lists, (str, bytes)) or len(lists) != n_users:
         got = len(lists) if isinstance(lists, Sequence) else f"a {type(lists).__name__}"
         raise InvalidArgument(f"generate: {name} must hold one list per history, {n_users} of them (got {got})")
+    read = _read_lists(catalog, lists)
+    if read is not None:
+        return read
     return UserLists.from_lists([_known(catalog, items, f"{name}[{user}]") for user, items in enumerate(lists)])
+
+
+def _read_lists(catalog: ItemCatalog, lists: Sequence[Any]) -> UserLists | None:
+    """The same in C++, where fastdiff._C is there and knows every id for right."""
+    read = None if catalog.index is None else catalog.index.lists(lists)
+    return None if read is None else UserLists.trusted(torch.from_numpy(read[0]), torch.from_numpy(read[1]))
 
 
 def _known(catalog: ItemCatalog, items: Sequence[Any], name: str) -> npt.NDArray[np.int64]:

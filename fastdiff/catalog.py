@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +46,21 @@ from fastdiff.ops.score_topk import SCAN_DTYPES, UserLists, merge_topk, score_to
 from fastdiff.ops.topk_definition import sum_in_order
 from fastdiff.ops.user_lists import describe, dtype_name
 
+if TYPE_CHECKING:
+    from fastdiff._C import ItemIndex
+
 
 @dataclass(frozen=True)
 class TopK:
-    """rows [B, K] int64, -1 for none; scores [B, K] float32, -inf for none; num_valid [B] int64, how many are there."""
+    """rows [B, K] int64, -1 for none; scores [B, K] float32, -inf for none."""
 
     rows: Tensor
     scores: Tensor
-    num_valid: Tensor
+
+    @cached_property
+    def num_valid(self) -> Tensor:
+        """[B] int64, how many of the places are filled."""
+        return (self.rows >= 0).sum(1)
 
 
 class ItemCatalog:
@@ -64,6 +71,10 @@ class ItemCatalog:
     item_ids    one external id per item, all integers or all strings, each once; None: the row numbers
     metric      "dot", or "cosine": the dot product of vectors divided by their norms, in float32
     scan_dtype  what the scan of the ranking reads: torch.float32 (None) or torch.bfloat16; never changes the answer
+
+    n_items, n_rows  how many items, and rows of the table: items, special rows and removed items
+    is_item          [n_rows] bool            special_rows  row -> name of the rows that never were items
+    dim, device      of the table
 
     Raises CatalogError for wrong ids, and InvalidArgument for wrong vectors, metrics and dtypes.
     """
@@ -106,6 +117,8 @@ class ItemCatalog:
     def _set(self, vectors: ItemVectors, ids: ItemIds, is_item: Tensor, special: dict[int, str]) -> None:
         self._vectors, self._ids, self.is_item, self.special_rows = vectors, ids, is_item, special
         self.n_items = int(is_item.sum())
+        self.n_rows, self.dim = vectors.table.shape
+        self.device = is_item.device
 
     # --- facts --------------------------------------------------------------------------------------------------------
 
@@ -115,25 +128,12 @@ class ItemCatalog:
         return self._vectors.table
 
     @property
-    def n_rows(self) -> int:
-        """Rows of the table: items, special rows and removed items."""
-        return len(self.table)
-
-    @property
-    def dim(self) -> int:
-        return self.table.shape[1]
-
-    @property
     def metric(self) -> str:
         return self._vectors.metric
 
     @property
     def scan_dtype(self) -> torch.dtype:
         return self._vectors.scan.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.table.device
 
     @property
     def has_row_ids(self) -> bool:
@@ -178,6 +178,11 @@ class ItemCatalog:
     def rows(self, ids: Any) -> Tensor:
         """The row of each id of a flat sequence, array or tensor, int64 on the CPU; CatalogError for unknown ids."""
         return torch.from_numpy(self._known(as_id_array(ids, "ItemCatalog.rows: ids"), "ItemCatalog.rows: ids"))
+
+    @property
+    def index(self) -> ItemIndex | None:
+        """`known` in C++, which reads lists of ids itself; None where fastdiff._C was not built."""
+        return self._ids.index
 
     def external(self, rows: Tensor) -> Tensor | IdArray:
         """The external id of each row [B, K], -1 standing for none.
@@ -287,9 +292,9 @@ class ItemCatalog:
         zeroed            with `published`: per user, rows whose score counts as 0
         topk_op           a bound `score_topk`; None: the best for the device
         """
-        query = self._queries(query, aggregation)
+        query, n_samples = self._queries(query, aggregation)
         _check_k(k)
-        n_users, n_samples, dim = query.shape
+        n_users, device = len(query) // n_samples, self.device
         if published:
             filters = (exclude_rows, candidate_rows, user_exclude, user_candidates)
             if any(given is not None for given in filters):
@@ -303,28 +308,25 @@ class ItemCatalog:
                 raise InvalidArgument("ItemCatalog.topk: zeroed and n_published_rows need published=True")
             n_rows = self.n_rows
             allowed = self._allowed(exclude_rows, candidate_rows)
-        user_exclude = None if user_exclude is None else user_exclude.to(self.device)
-        user_candidates = None if user_candidates is None else user_candidates.to(self.device)
-        op = topk_op or score_topk.bind("auto", self.device)
-        rows, scores = op(
-            query.reshape(n_users * n_samples, dim),
-            self._vectors.scored[:n_rows],
-            k,
-            allowed,
-            None if user_exclude is None else user_exclude.repeat(n_samples),
-            None if user_candidates is None else user_candidates.repeat(n_samples),
-            self._vectors.scan[:n_rows],
-        )
+        if user_exclude is not None:
+            user_exclude = user_exclude.to(device).repeat(n_samples)
+        if user_candidates is not None:
+            user_candidates = user_candidates.to(device).repeat(n_samples)
+        op = topk_op or score_topk.bind("auto", device)
+        table, scan = self._vectors.scored, self._vectors.scan
+        if n_rows != self.n_rows:
+            table, scan = table[:n_rows], scan[:n_rows]
+        rows, scores = op(query, table, k, allowed, user_exclude, user_candidates, scan)
         if n_samples != 1:
             rows, scores = merge_topk(rows.view(n_users, n_samples * k), scores.view(n_users, n_samples * k), k)
-        if published and user_exclude is not None:
-            zero_rows = _first_rows(user_exclude, k, n_rows)
-            zero_scores = torch.zeros(zero_rows.shape, device=self.device).masked_fill_(zero_rows < 0, -torch.inf)
+        if published and zeroed is not None:
+            zero_rows = _first_rows(zeroed.to(device), k, n_rows)
+            zero_scores = torch.zeros(zero_rows.shape, device=device).masked_fill_(zero_rows < 0, -torch.inf)
             rows, scores = merge_topk(torch.cat([rows, zero_rows], 1), torch.cat([scores, zero_scores], 1), k)
-        return TopK(rows, scores, (rows >= 0).sum(1))
+        return TopK(rows, scores)
 
-    def _queries(self, query: Tensor, aggregation: str) -> Tensor:
-        """[B, M, D] float32 as it is scored: M is 1 where the samples are averaged."""
+    def _queries(self, query: Tensor, aggregation: str) -> tuple[Tensor, int]:
+        """[B * M, D] float32 as it is scored, and M, which is 1 where the samples are averaged."""
         if not isinstance(query, Tensor) or not query.is_floating_point() or query.ndim not in (2, 3):
             raise InvalidArgument(
                 f"ItemCatalog.topk: query must be a floating [B, D] or [B, M, D] tensor (got {describe(query)})"
@@ -344,11 +346,13 @@ class ItemCatalog:
             )
         query = query.detach().float()
         query = query if self.metric == "dot" else normalize(query)
-        query = query[:, None] if query.ndim == 2 else query
-        if aggregation == "mean" and query.shape[1] > 1:
+        if query.ndim == 2:
+            return query, 1
+        n_samples = query.shape[1]
+        if aggregation == "mean" and n_samples > 1:
             by_sample = query.transpose(1, 2)
-            query = (sum_in_order(by_sample, torch.ones_like(by_sample)) / query.shape[1]).float()[:, None]
-        return query
+            return (sum_in_order(by_sample, torch.ones_like(by_sample)) / n_samples).float(), 1
+        return query.reshape(-1, self.dim), n_samples
 
     def _allowed(self, exclude_rows: Tensor | None, candidate_rows: Tensor | None) -> Tensor | None:
         """[n_rows] bool; None where every row may be shown."""

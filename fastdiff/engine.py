@@ -21,6 +21,7 @@ from fastdiff.arguments import (
     NoiseRequest,
     RankingRequest,
     SamplerRequest,
+    Settings,
     check_catalog,
     check_device,
     draw_seed,
@@ -28,7 +29,7 @@ from fastdiff.arguments import (
     resolve_settings,
 )
 from fastdiff.arithmetic import in_plain_arithmetic, plain_arithmetic
-from fastdiff.catalog import ItemCatalog
+from fastdiff.catalog import ItemCatalog, TopK
 from fastdiff.checkpoint import Checkpoint, write_folder
 from fastdiff.closed_form import AffineDenoiser, ClosedForm, collapse
 from fastdiff.config import DTYPES, GenerationConfig, ModelConfig
@@ -48,17 +49,21 @@ class GenerateOutput:
     item_ids    [B, K] external ids, best first; int64 tensor, or a numpy object array where the ids are strings.
                 Places that no allowed item fills hold -1 (None for strings)
     scores      [B, K] float32, -inf at such places
-    num_valid   [B] int64, how many of the K places are filled
     embeddings  [B, D], or [B, num_samples, D]: the generated queries, where `output_embeddings`
     seed        the seed of the call's noise; None where the noise was given or came from a generator
     """
 
     item_ids: Tensor | npt.NDArray[Any]
     scores: Tensor
-    num_valid: Tensor
     embeddings: Tensor | None
     seed: int | None
+    _top: TopK = field(repr=False)
     _stopwatch: Stopwatch = field(repr=False)
+
+    @property
+    def num_valid(self) -> Tensor:
+        """[B] int64, how many of the K places are filled."""
+        return self._top.num_valid
 
     @property
     def timings(self) -> dict[str, float]:
@@ -86,6 +91,7 @@ class Engine:
         backend: str = "auto",
     ) -> None:
         self.model = model
+        self.device = model.device
         self._backend = backend
         self.catalog = self._loaded_catalog = catalog
         self.generation_config = generation_config
@@ -95,8 +101,9 @@ class Engine:
         self._lock = threading.Lock()
         self._closed_forms: dict[tuple[bytes, bytes], ClosedForm] = {}
         self._history_table: tuple[ItemCatalog, Tensor] | None = None
+        self._default_sampler: tuple[GenerationConfig, tuple[StepPlan, bool]] | None = None
         if generation_config.scheduler == "closed_form":  # a chain that cannot be collapsed is refused at load
-            plan, _ = SamplerRequest().resolve(generation_config, self._make_plan)
+            plan, _ = self._sampler(SamplerRequest())
             none = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
             cold = Histories(none, none.sum(dim=1))
             with plain_arithmetic(self.device):
@@ -117,15 +124,15 @@ class Engine:
         dtype   of the model's arithmetic; None is float32. The catalogue keeps the table as it was stored, so ranking
                 stays exact under any dtype
         """
-        dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        if dtype not in DTYPES.values():
+        wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype or torch.float32
+        if wanted is None or wanted not in DTYPES.values():
             accepted = ", ".join(map(str, DTYPES.values()))
             raise InvalidArgument(f"dtype: must be one of {accepted} or its name (got {dtype!r})")
         place = check_device(device, next(iter(checkpoint.weights.values())).device)
         kind = model_class(checkpoint.config.method)
-        bound = {op.name: op.bind(backend, place, dtype) for op in kind.ops}
+        bound = {op.name: op.bind(backend, place, wanted) for op in kind.ops}
         stored = {name: weight.detach().to(place) for name, weight in checkpoint.weights.items()}
-        weights = {name: weight.to(dtype) for name, weight in stored.items()}
+        weights = {name: weight.to(wanted) for name, weight in stored.items()}
         with plain_arithmetic(place):
             model = kind(checkpoint.config, weights, bound)
             catalog = ItemCatalog.from_table(
@@ -166,10 +173,6 @@ class Engine:
     @property
     def config(self) -> ModelConfig:
         return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
     def __repr__(self) -> str:
         backends = ", ".join(f"{op}={backend}" for op, backend in sorted(self.backends.items()))
@@ -236,15 +239,8 @@ class Engine:
             )
         watch = Stopwatch(self.device)
         catalog = self.catalog  # one snapshot for the whole call
-        settings = resolve_settings(
-            self.generation_config,
-            top_k=top_k,
-            guidance_scale=guidance_scale,
-            num_samples=num_samples,
-            aggregation=aggregation,
-        )
-        sampler = SamplerRequest(scheduler, num_inference_steps, timesteps, eta)
-        plan, closed = sampler.resolve(self.generation_config, self._make_plan)
+        settings = resolve_settings(self.generation_config, top_k, guidance_scale, num_samples, aggregation)
+        plan, closed = self._sampler(SamplerRequest(scheduler, num_inference_steps, timesteps, eta))
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InvalidArgument(
                 "generate: callback_on_step_end must be a function of (step, timestep, x) "
@@ -256,16 +252,15 @@ class Engine:
             ranking, filter_seen, exclude_items, candidate_items, user_exclude_items, user_candidate_items
         )
         parsed = parse_histories(histories, catalog, self.config)
-        n_users, n_samples = parsed.window.batch_size, settings.num_samples
-        window = Histories(parsed.window.items.to(self.device), parsed.window.lengths.to(self.device))
+        n_users, n_samples = parsed.n_users, settings.num_samples
         request = NoiseRequest(noise, generator, seed, request_ids)
-        draws, used_seed = request.resolve(window, n_samples, self.model, plan, closed)
-        filters = candidates.resolve(catalog, self.config, parsed.seen, settings.filter_seen)
+        draws, used_seed = request.resolve(parsed, n_samples, self.model, plan, closed)
+        filters = candidates.resolve(catalog, self.config, parsed.seen, self.generation_config.filter_seen)
         watch.lap("prepare")
         if n_users == 0:
             return self._empty(catalog, settings, used_seed, output_embeddings, watch)
 
-        condition = self._encode(window, catalog)
+        condition = self._encode(parsed.window.to(self.device), catalog)
         watch.lap("encode")
 
         state = self.model.prepare(condition, plan, settings.guidance_scale)
@@ -277,21 +272,13 @@ class Engine:
             with _Steps(plan, show_progress, callback_on_step_end) as on_step:
                 x_0 = self.model.sample(state, plan, draws, on_step)
         query = self.model.readout(x_0)
+        query = query if n_samples == 1 else query.view(n_users, n_samples, -1)
         watch.lap("denoise")
 
-        top = catalog.topk(
-            query.view(n_users, n_samples, -1).to(torch.float32),
-            settings.top_k,
-            aggregation=settings.aggregation,
-            topk_op=self._topk_op,
-            **filters,
-        )
+        top = catalog.topk(query, settings.top_k, aggregation=settings.aggregation, topk_op=self._topk_op, **filters)
         item_ids = catalog.external(top.rows)
         watch.lap("rank")
-        embeddings = None
-        if output_embeddings:
-            embeddings = query if n_samples == 1 else query.view(n_users, n_samples, -1)
-        return GenerateOutput(item_ids, top.scores, top.num_valid, embeddings, used_seed, watch)
+        return GenerateOutput(item_ids, top.scores, query if output_embeddings else None, used_seed, top, watch)
 
     def generate_batches(
         self,
@@ -346,6 +333,16 @@ class Engine:
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
+    def _sampler(self, request: SamplerRequest) -> tuple[StepPlan, bool]:
+        """The table to run, and whether in closed form."""
+        defaults = self.generation_config
+        if not request.is_default:
+            return request.resolve(defaults, self._make_plan)
+        kept = self._default_sampler
+        if kept is None or kept[0] is not defaults:
+            kept = self._default_sampler = (defaults, request.resolve(defaults, self._make_plan))
+        return kept[1]
+
     def _encode(self, window: Histories, catalog: ItemCatalog) -> Any:
         table = catalog.table
         if table.dtype != self.model.dtype or table.device != self.device:
@@ -372,19 +369,14 @@ class Engine:
             return self._closed_forms[key], affine
 
     def _empty(
-        self, catalog: ItemCatalog, settings: GenerationConfig, seed: int | None, embeddings: bool, watch: Stopwatch
+        self, catalog: ItemCatalog, settings: Settings, seed: int | None, embeddings: bool, watch: Stopwatch
     ) -> GenerateOutput:
         rows = torch.empty(0, settings.top_k, dtype=torch.int64, device=self.device)
+        top = TopK(rows, rows.to(torch.float32))
         dim = self.config.hidden_size
         shape = (0, dim) if settings.num_samples == 1 else (0, settings.num_samples, dim)
-        return GenerateOutput(
-            catalog.external(rows),
-            torch.empty(0, settings.top_k, dtype=torch.float32, device=self.device),
-            torch.empty(0, dtype=torch.int64, device=self.device),
-            torch.empty(shape, dtype=self.model.dtype, device=self.device) if embeddings else None,
-            seed,
-            watch,
-        )
+        queries = torch.empty(shape, dtype=self.model.dtype, device=self.device) if embeddings else None
+        return GenerateOutput(catalog.external(rows), top.scores, queries, seed, top, watch)
 
 
 class _Steps:

@@ -7,9 +7,8 @@ cold user), or one padded integer array or tensor `[B, L]`, padded on either sid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from fastdiff.catalog import ItemCatalog
 from fastdiff.config import ModelConfig
 from fastdiff.errors import InvalidHistory
 from fastdiff.models.base import Histories
+from fastdiff.noise import history_row_key
 from fastdiff.ops.score_topk import UserLists
 
 IntArray = npt.NDArray[np.int64]
@@ -31,16 +31,61 @@ _ACCEPTED = (
 )
 
 
-@dataclass(frozen=True)
-class ParsedHistories:
-    """`window`: what the model sees. `seen`: rows of every item given, also those outside the window."""
+Packed = tuple[IntArray, IntArray, IntArray, IntArray, IntArray | None]
+"""window items [B, n], window lengths [B], rows of every item given, their offsets [B + 1], row keys [B] or None."""
 
-    window: Histories
-    seen: UserLists
+
+class ParsedHistories:
+    """The histories of one call.
+
+    window    what the model sees
+    seen      rows of every item given, also those outside the window
+    row_key   [B] int64, a hash of what the model sees
+    """
+
+    __slots__ = ("_row_key", "seen", "window")
+
+    def __init__(self, packed: Packed) -> None:
+        items, lengths, rows, offsets, self._row_key = packed
+        self.window = Histories(torch.from_numpy(items), torch.from_numpy(lengths))
+        self.seen = UserLists.trusted(torch.from_numpy(rows), torch.from_numpy(offsets))
+
+    @property
+    def n_users(self) -> int:
+        return self.window.batch_size
+
+    @property
+    def row_key(self) -> Tensor:
+        if self._row_key is None:
+            return history_row_key(self.window.items, self.window.lengths)
+        return torch.from_numpy(self._row_key)
 
 
 def parse_histories(histories: ArrayLike, catalog: ItemCatalog, config: ModelConfig) -> ParsedHistories:
-    """Check, map and pack `histories`; raises `InvalidHistory` naming the history and the id that is wrong."""
+    """Check, map and pack `histories`, on the CPU; raises `InvalidHistory` naming the history and the id that is wrong.
+
+    `pack_in_python` says what that means. Where fastdiff._C is there, it does the same in one pass over what it knows
+    for right, and leaves everything else to Python.
+    """
+    if isinstance(histories, Tensor):
+        histories = _to_numpy(histories, "histories")
+    packed = _pack_in_cpp(histories, catalog, config)
+    if packed is None and not _is_padded(histories):
+        histories = _as_lists(histories)
+        packed = _pack_in_cpp(histories, catalog, config)
+    return ParsedHistories(packed or pack_in_python(histories, catalog, config))
+
+
+def _pack_in_cpp(histories: Any, catalog: ItemCatalog, config: ModelConfig) -> Packed | None:
+    index = catalog.index
+    return None if index is None else index.pack(histories, config.pad_id, config.pad_inside, config.max_seq_len)
+
+
+def pack_in_python(histories: Any, catalog: ItemCatalog, config: ModelConfig) -> Packed:
+    """The definition of what is accepted, what is refused and in which words, and how histories are packed.
+
+    histories  a padded array [B, L], or anything else that holds histories
+    """
     ids, lengths, padded = _flatten(histories)
     user = np.repeat(np.arange(len(lengths)), lengths)
     rows, is_pad = _to_rows(ids, user, catalog, config)
@@ -55,18 +100,17 @@ def parse_histories(histories: ArrayLike, catalog: ItemCatalog, config: ModelCon
     source = (ends - window_lengths)[:, None] + columns
     items = np.full((len(lengths), width), config.pad_id, dtype=np.int64)
     items[inside] = rows[source[inside]]
-
     # where the pad id may stand between items, it is an item that the user has seen
-    offsets = torch.from_numpy(np.concatenate([[0], ends]))
-    seen = UserLists(torch.from_numpy(rows), offsets)
-    return ParsedHistories(Histories(torch.from_numpy(items), torch.from_numpy(window_lengths)), seen)
+    return items, window_lengths, rows, np.concatenate([[0], ends]), None
 
 
-def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
+def _is_padded(histories: Any) -> TypeGuard[npt.NDArray[Any]]:
+    return isinstance(histories, np.ndarray) and histories.dtype != object
+
+
+def _flatten(histories: Any) -> tuple[npt.NDArray[Any], IntArray, bool]:
     """All ids one after the other, the length of each history, and whether they came as one padded array."""
-    if isinstance(histories, Tensor):
-        histories = _to_numpy(histories, "histories")
-    if isinstance(histories, np.ndarray) and histories.dtype != object:
+    if _is_padded(histories):
         if histories.ndim != 2:
             raise InvalidHistory(
                 f"generate: histories has shape {histories.shape}; {_ACCEPTED}; "
@@ -74,9 +118,7 @@ def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
             )
         lengths = np.full(histories.shape[0], histories.shape[1], dtype=np.int64)
         return _check_dtype(histories.reshape(-1), "histories"), lengths, True
-    if isinstance(histories, (str, bytes, dict)) or not hasattr(histories, "__iter__"):
-        raise InvalidHistory(f"generate: histories is a {type(histories).__name__}; {_ACCEPTED}")
-    parts = [_one_history(position, history) for position, history in enumerate(histories)]
+    parts = _as_lists(histories)
     lengths = np.fromiter((len(part) for part in parts), dtype=np.int64, count=len(parts))
     flat = list(chain.from_iterable(parts))
     types = set(map(type, flat))
@@ -98,6 +140,12 @@ def _flatten(histories: ArrayLike) -> tuple[npt.NDArray[Any], IntArray, bool]:
         f"generate: histories[{position}] holds {value!r}, a {type(value).__name__}; item ids are all integers, or all "
         "strings where the catalogue's ids are; convert them first"
     )
+
+
+def _as_lists(histories: Any) -> list[Sequence[Any]]:
+    if isinstance(histories, (str, bytes, dict)) or not hasattr(histories, "__iter__"):
+        raise InvalidHistory(f"generate: histories is a {type(histories).__name__}; {_ACCEPTED}")
+    return [_one_history(position, history) for position, history in enumerate(histories)]
 
 
 def _one_history(position: int, history: Any) -> Sequence[Any]:

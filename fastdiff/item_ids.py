@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,13 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import CatalogError
+
+if TYPE_CHECKING:
+    from fastdiff._C import ItemIndex
+try:
+    from fastdiff import _C
+except ImportError:  # the C++ part is optional: without it ids are looked up in numpy
+    _C = None  # type: ignore[assignment]
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -40,6 +48,17 @@ class ItemIds(ABC):
     def n_rows(self) -> int:
         return len(self.is_item)
 
+    @cached_property
+    def index(self) -> ItemIndex | None:
+        """`known` in C++, which reads lists of ids itself; None where fastdiff._C was not built."""
+        return None if _C is None else self._make_index(_C.ItemIndex)
+
+    @abstractmethod
+    def _make_index(self, kind: type[ItemIndex]) -> ItemIndex: ...
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "index"}  # made again where it is used
+
     @abstractmethod
     def known(self, ids: IdArray) -> IntArray:
         """The row of each id, of items and of removed ones; -1 for all else."""
@@ -51,7 +70,7 @@ class ItemIds(ABC):
 
     @abstractmethod
     def external(self, rows: Tensor) -> Tensor | IdArray:
-        """The id of each row, in the shape of `rows`; see `ItemCatalog.external`."""
+        """The id of each row, in the shape of `rows` and apart from it; see `ItemCatalog.external`."""
 
     @abstractmethod
     def listed(self) -> tuple[int, ...] | tuple[str, ...]:
@@ -87,6 +106,9 @@ class RowIds(ItemIds):
 
     kind = "row"
 
+    def _make_index(self, kind: type[ItemIndex]) -> ItemIndex:
+        return kind.of_rows(self.n_rows, list(self.special))
+
     def known(self, ids: IdArray) -> IntArray:
         if ids.dtype == object:
             return np.full(len(ids), -1)
@@ -96,7 +118,7 @@ class RowIds(ItemIds):
         return rows
 
     def external(self, rows: Tensor) -> Tensor:
-        return rows
+        return rows.clone()
 
     def listed(self) -> tuple[int, ...]:
         return tuple(np.flatnonzero(self.is_item).tolist())
@@ -129,17 +151,23 @@ class IntegerIds(ItemIds):
     ) -> None:
         """by_row [R], the id of each row, -1 for special ones; index: (ids, their rows), sorted by id, each id once."""
         super().__init__(is_item, special)
-        self.by_row = by_row
-        self.sorted_ids, self.sorted_rows = self._index(by_row) if index is None else index
-        self._tensor = torch.from_numpy(by_row)
+        self._shown = np.concatenate([by_row, np.full(1, -1)])  # row -1 is no item
+        self.sorted_ids, self.sorted_rows = self._sort(by_row) if index is None else index
+
+    @property
+    def by_row(self) -> IntArray:
+        return self._shown[:-1]
 
     @staticmethod
-    def _index(by_row: IntArray) -> tuple[IntArray, IntArray]:
+    def _sort(by_row: IntArray) -> tuple[IntArray, IntArray]:
         """Of rows with one id the last counts: an id is given again only to a row behind the removed one."""
         backwards = by_row[::-1]
         ids, place = np.unique(backwards, return_index=True)
         keep = ids != -1
         return ids[keep], len(by_row) - 1 - place[keep]
+
+    def _make_index(self, kind: type[ItemIndex]) -> ItemIndex:
+        return kind.of_integers(self.sorted_ids, self.sorted_rows)
 
     def known(self, ids: IdArray) -> IntArray:
         if ids.dtype == object or not len(self.sorted_ids):
@@ -149,10 +177,7 @@ class IntegerIds(ItemIds):
         return np.where(self.sorted_ids[place] == ids, self.sorted_rows[place], -1)
 
     def external(self, rows: Tensor) -> Tensor:
-        if not self.n_rows:
-            return rows
-        at = rows.cpu()
-        return self._tensor[at.clamp(min=0)].masked_fill_(at < 0, -1).to(rows.device)
+        return torch.from_numpy(self._shown[rows.cpu().numpy()]).to(rows.device)
 
     def listed(self) -> tuple[int, ...]:
         return tuple(self.by_row[self.is_item].tolist())
@@ -184,20 +209,21 @@ class StringIds(ItemIds):
         """by_row [R] object: str, or None for special rows; of rows with one id the last counts."""
         super().__init__(is_item, special)
         self.by_row = by_row
-        self.shown = by_row.copy()
-        self.shown[list(special)] = list(special.values())
+        self._shown = np.concatenate([by_row, np.full(1, None, dtype=object)])  # row -1 is no item
+        self._shown[list(special)] = list(special.values())
         if index is None:
             index = {item: row for row, item in enumerate(by_row.tolist()) if item is not None}
-        self.index = index
+        self._row_of = index
+
+    def _make_index(self, kind: type[ItemIndex]) -> ItemIndex:
+        return kind.of_strings(self._row_of)
 
     def known(self, ids: IdArray) -> IntArray:
-        find = self.index.get
+        find = self._row_of.get
         return np.fromiter((find(item, -1) for item in ids.tolist()), dtype=np.int64, count=len(ids))
 
     def external(self, rows: Tensor) -> IdArray:
-        at = rows.cpu().numpy()
-        names = np.full(at.shape, None, dtype=object)
-        names[at >= 0] = self.shown[at[at >= 0]]
+        names: IdArray = self._shown[rows.cpu().numpy()]
         return names
 
     def listed(self) -> tuple[str, ...]:
@@ -214,7 +240,7 @@ class StringIds(ItemIds):
         return StringIds(np.concatenate([self.by_row, ids]), self._grown(len(ids)), self.special)
 
     def _with_items(self, is_item: BoolArray) -> StringIds:
-        return StringIds(self.by_row, is_item, self.special, self.index)
+        return StringIds(self.by_row, is_item, self.special, self._row_of)
 
 
 def item_ids(ids: Any, is_item: BoolArray, special: dict[int, str], where: str) -> ItemIds:

@@ -10,8 +10,10 @@ import torch
 class Stopwatch:
     """`lap(name)` ends a stage; `seconds()` waits for the device, if any, and gives the length of each."""
 
+    __slots__ = ("_mark", "_marks", "_names")
+
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._mark = _event if device.type == "cuda" else time.perf_counter
         self._names: list[str] = []
         self._marks: list[float | torch.cuda.Event] = [self._mark()]
 
@@ -21,20 +23,19 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         stages = zip(self._names, self._marks, self._marks[1:], strict=False)
-        return {name: self._between(start, end) for name, start, end in stages}
+        return {name: _between(start, end) for name, start, end in stages}
 
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
-    @staticmethod
-    def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1000.0
-        assert isinstance(start, float)
-        assert isinstance(end, float)
-        return end - start
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000.0
+    assert isinstance(start, float)
+    assert isinstance(end, float)
+    return end - start

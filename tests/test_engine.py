@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import fastdiff
 from fastdiff.errors import BackendUnavailable, InvalidArgument, InvalidHistory
+from fastdiff.ops.score_topk import score_topk
 from fastdiff.plan import StepPlan, ddpm
 from tests.builders import METHODS, first_id, small_engine
 from tests.tolerances import AGREE, assert_agree
@@ -226,7 +227,7 @@ def test_progress_bar_goes_to_stderr(engine: Any, capsys: pytest.CaptureFixture[
 
 def test_given_noise_is_the_noise(engine: Any) -> None:
     """Replaying Philox's own draws as given noise reproduces the seeded call."""
-    from fastdiff.noise import history_row_key, philox_normal
+    from fastdiff.noise import history_row_key
 
     plan = engine.model.plan(engine.generation_config.scheduler)
     histories = [h for h in HISTORIES if 0 < len(h) <= 8]
@@ -234,7 +235,7 @@ def test_given_noise_is_the_noise(engine: Any) -> None:
     items = torch.tensor([h + [0] * (width - len(h)) for h in histories])
     keys = history_row_key(items, torch.tensor([len(h) for h in histories]))
     zeros = torch.zeros(len(histories), dtype=torch.int64)
-    noise = torch.stack([philox_normal(9, keys, zeros, draw, 16) for draw in range(plan.num_steps + 1)])
+    noise = engine.model.bound["philox_normals"](9, keys, zeros, 0, plan.num_steps + 1, 16)
     seeded = engine.generate(histories, seed=9, output_embeddings=True).embeddings
     given = engine.generate(histories, noise=noise, output_embeddings=True)
     assert torch.equal(given.embeddings, seeded)
@@ -587,8 +588,9 @@ def test_other_dtypes_stay_close(method: str, dtype: torch.dtype) -> None:
 
 
 def test_backends_are_named_and_refused_with_the_reason(engine: Any) -> None:
-    assert set(engine.backends.values()) == {"torch"}
-    assert "score_topk" in engine.backends
+    kinds = {op.name: op for op in (*type(engine.model).ops, score_topk)}
+    assert engine.backends == {name: op.bind("auto", "cpu").backend for name, op in kinds.items()}
+    assert set(small_engine_with_backend("torch").backends.values()) == {"torch"}
     with pytest.raises(
         BackendUnavailable, match=r"backend 'triton' cannot run: it needs a CUDA device, got cpu. Usable"
     ):
@@ -631,7 +633,7 @@ def test_outputs_are_ordinary_tensors(engine: Any) -> None:
 
 def test_repr_says_what_it_is(engine: Any) -> None:
     assert engine.config.method in repr(engine)
-    assert "score_topk=torch" in repr(engine)
+    assert f"score_topk={engine.backends['score_topk']}" in repr(engine)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
