@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.baselines import in_float64
 from bench.bench_dreamrec import GUIDANCE, dreamrec_config, published_dreamrec
 from bench.cases import Absent, Case, Citation, Options, Provider
-from bench.generate import TOP_K, Truth, best_rows
+from bench.generate import TOP_K, Truth, best_rows, collapse_seconds
 from bench.inputs import draw_noise
 from bench.machine import ROOT
 from bench.ours import engine_ops, our_engines
@@ -100,10 +100,16 @@ def providers(config: DreamRecConfig, users: int, options: Options) -> Iterator[
     nothing = torch.zeros(users, config.hidden_size, device=device)
     guided = default_generation_config(config, GUIDANCE)
     for label, engine in our_engines(config, weights, device, guided).items():
+        setup = collapse_seconds(engine, states[:1])
         run = partial(recommend, engine, states)
         given = partial(recommend, engine, states, nothing, output_embeddings=True)
         yield Provider(
-            "fastdiff-closed-form", run, lambda outputs: truth.check_output(outputs[0]), given, backend=label
+            "fastdiff-closed-form",
+            run,
+            lambda outputs: truth.check_output(outputs[0]),
+            given,
+            backend=label,
+            setup=setup,
         )
 
 

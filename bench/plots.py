@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.roofline import achieved
 from bench.rows import Row, label, seconds
-from bench.tables import NOISY, Comparison, comparisons, figure, is_other, is_ours, params_text
+from bench.tables import NOISY, Comparison, comparisons, is_other, is_ours, params_text
 
 COLOURS = {
     "published": "#7f7f7f",
@@ -73,8 +73,10 @@ def _ratios(pyplot: Any, group: Sequence[Comparison]) -> Any:
     for one in group:
         for provider in one.our_providers:
             ours, other = one.ours(provider), one.best_other
-            if ours is not None and other is not None and figure(ours):
-                bars.append((f"{_short(one)}  {label(ours)}", figure(other) / figure(ours), provider, label(other)))
+            if ours is not None and other is not None and not one.of_memory:
+                bars.append(
+                    (f"{_short(one)}  {label(ours)}", other["median_s"] / ours["median_s"], provider, label(other))
+                )
     if not bars:
         return None
     drawn, axis = _bars(pyplot, [bar[0] for bar in bars], "times faster than the strongest rival (log scale)")
@@ -125,8 +127,8 @@ def _gains(pyplot: Any, group: Sequence[Comparison]) -> Any:
         for provider in one.our_providers:
             published, in_torch, ours = one.published, one.ours_in_torch(provider), one.ours(provider)
             if published is not None and in_torch is not None and ours is not None:
-                algorithmic = figure(published) / figure(in_torch)
-                bars.append((f"{_short(one)}  {provider}", algorithmic, figure(in_torch) / figure(ours)))
+                algorithmic = published["median_s"] / in_torch["median_s"]
+                bars.append((f"{_short(one)}  {provider}", algorithmic, in_torch["median_s"] / ours["median_s"]))
     if not bars:
         return None
     drawn, axis = _bars(pyplot, [name for name, _, _ in bars], "times faster than published (log scale)")

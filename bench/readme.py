@@ -13,7 +13,7 @@ from typing import Any
 from bench import machine
 from bench.report import FOOTNOTE
 from bench.rows import Row, label, seconds
-from bench.tables import NOISY, Comparison, case_name, comparisons, ratio, shown, table
+from bench.tables import NOISY, Comparison, case_name, comparisons, ratio, table
 
 _MILLION = {"items": 1_000_000, "dim": 64, "k": 100}
 HEADLINE: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -21,7 +21,6 @@ HEADLINE: tuple[tuple[str, dict[str, Any]], ...] = (
     ("score_topk", {**_MILLION, "batch": 32}),
     ("score_topk", {**_MILLION, "batch": 256}),
     ("topk_lists", {"lists": "denied", **_MILLION, "batch": 32}),
-    ("memory", {**_MILLION, "batch": 1024}),
     ("adrec", {"lengths": "full", "batch": 1}),
     ("adrec", {"lengths": "full", "batch": 32}),
     ("adrec", {"lengths": "beauty", "batch": 32}),
@@ -72,5 +71,17 @@ def _line(one: Comparison, provider: str) -> list[str]:
     if ours is None:
         return [name, provider, "WRONG", "-", "-", "-"]
     if other is None:
-        return [name, label(ours), shown(ours), *(["cited", seconds(cited["seconds"]), "-"] if cited else ["-"] * 3)]
-    return [name, label(ours), shown(ours), label(other), shown(other), ratio(other, ours).removesuffix("x")]
+        return [
+            name,
+            label(ours),
+            seconds(ours["median_s"]),
+            *(["cited", seconds(cited["seconds"]), "-"] if cited else ["-"] * 3),
+        ]
+    return [
+        name,
+        label(ours),
+        seconds(ours["median_s"]),
+        label(other),
+        seconds(other["median_s"]),
+        ratio(other, ours).removesuffix("x"),
+    ]

@@ -19,7 +19,6 @@ from bench.tables import (
     Comparison,
     case_table,
     comparisons,
-    figure,
     gains_of,
     headline_of,
     ratio,
@@ -85,7 +84,9 @@ def _notes(one: Comparison) -> list[str]:
     cited = one.first.get("citation")
     if cited:
         ours = [row for provider in one.our_providers if (row := one.ours(provider)) is not None]
-        times = "".join(f", {cited['seconds'] / figure(row):,.0f} times as long as {label(row)} here" for row in ours)
+        times = "".join(
+            f", {cited['seconds'] / row['median_s']:,.0f} times as long as {label(row)} here" for row in ours
+        )
         notes.append(f"Reported by others, not measured here: {seconds(cited['seconds'])}{times} ({cited['source']}).")
     return notes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -136,9 +137,26 @@ class Implicit:
     def search(self, query: Tensor, k: int) -> Found:
         # its models gather the rows of a list of candidates in every call, and so does this
         items = self._items if self._allowed is None else self._items[self._allowed]
-        rows, scores = self._topk(items, query.numpy(), k, filter_query_items=self._denied, num_threads=self._threads)
+        with _without_stderr():
+            rows, scores = self._topk(
+                items, query.numpy(), k, filter_query_items=self._denied, num_threads=self._threads
+            )
         rows = rows.astype(np.int64) if self._allowed is None else self._allowed[rows]
         return torch.from_numpy(rows), torch.from_numpy(scores)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """implicit calls numpy's OpenBLAS from an OpenMP loop when it has more than 100 queries, which prints a warning per
+    product; with one BLAS thread it would not, and be slower."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def usearch_exact(query: Tensor, item_emb: Tensor, k: int) -> Found:

@@ -37,17 +37,6 @@ def is_other(row: Row) -> bool:
     return not row.get("aside") and not is_ours(row)
 
 
-def figure(row: Row) -> float:
-    """What is compared, less is better: the peak of memory where that was measured, else seconds."""
-    peak = row.get("peak_bytes")
-    return float(row["median_s"] if peak is None else peak)
-
-
-def shown(row: Row) -> str:
-    """The figure with its unit."""
-    return seconds(figure(row)) if row.get("peak_bytes") is None else size(figure(row))
-
-
 @dataclass(frozen=True)
 class Comparison:
     """The rows of one case on one machine, all of one run."""
@@ -63,12 +52,17 @@ class Comparison:
         return any((row.get("others") or 0.0) > machine.QUIET for row in self.rows)
 
     @property
+    def of_memory(self) -> bool:
+        """Whether memory is what was measured, so that times are beside the point."""
+        return any(row.get("peak_bytes") is not None for row in self.rows)
+
+    @property
     def name(self) -> str:
         return case_name(self.first) + (f" {NOISY}" if self.noisy else "")
 
     def fastest(self, rows: Iterable[Row]) -> Row | None:
         timed = [row for row in rows if row["status"] == "ok"]
-        return min(timed, key=figure) if timed else None
+        return min(timed, key=lambda row: row["median_s"]) if timed else None
 
     @property
     def best_other(self) -> Row | None:
@@ -134,7 +128,7 @@ def headline_table(rows: Sequence[Row]) -> str:
 
 def headline_of(members: Sequence[Comparison]) -> str:
     head = ["case", "ours", "", "of ceiling", "best other", "", "times faster", "approximate other", "faster than it"]
-    lines = [_headline(one, provider) for one in members for provider in one.our_providers]
+    lines = [_headline(one, provider) for one in members if not one.of_memory for provider in one.our_providers]
     return table(head, lines)
 
 
@@ -145,10 +139,10 @@ def _headline(one: Comparison, provider: str) -> list[str]:
     return [
         one.name,
         label(ours),
-        shown(ours),
+        seconds(ours["median_s"]),
         share(achieved(ours)),
         NONE if other is None else label(other),
-        NONE if other is None else shown(other),
+        NONE if other is None else seconds(other["median_s"]),
         ratio(other, ours),
         NONE if approximate is None else label(approximate),
         ratio(approximate, ours),
@@ -164,7 +158,7 @@ def gains_of(members: Sequence[Comparison]) -> str:
             if published is None or in_torch is None or ours is None:
                 continue
             compiled = one.fastest(row for row in one.rows if row["provider"] == provider + COMPILED)
-            times = [one.name, *(f"{label(row)} {shown(row)}" for row in (published, in_torch, ours))]
+            times = [one.name, *(f"{label(row)} {seconds(row['median_s'])}" for row in (published, in_torch, ours))]
             lines.append([*times, ratio(published, in_torch), ratio(in_torch, ours), ratio(compiled, ours)])
     head = ["case", "published", "plain PyTorch", "best of ours", "algorithmic", "kernel", "over torch.compile"]
     return table(head, lines) if lines else ""
@@ -217,9 +211,9 @@ def params_text(params: dict[str, Any]) -> str:
 
 
 def ratio(slow: Row | None, fast: Row | None) -> str:
-    if slow is None or fast is None or not figure(fast):
+    if slow is None or fast is None:
         return NONE
-    value = figure(slow) / figure(fast)
+    value = slow["median_s"] / fast["median_s"]
     return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
 
 
