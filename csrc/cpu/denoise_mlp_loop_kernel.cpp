@@ -145,13 +145,14 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
     if (guided) copy_row(args.uncond + row * args.uncond_step, hidden_dim, uncond + row * lay.wide, lay.wide);
     const float* start = args.x_t + row * dim;
     if (args.x_t == nullptr) {
-      fill_normals(keys, static_cast<uint64_t>(args.row_key[row]), static_cast<uint32_t>(args.sample[row]), 0, 0,
-                   static_cast<int>(dim), made);
+      fill_normals(keys, args.row_key + row, args.sample + row, 1, 0, 1, 0, static_cast<int>(dim), made, lay.normals);
       start = made;
     }
     copy_row(start, dim, state + row * lay.dim, lay.dim);
   }
 
+  int64_t noise_end = args.steps;  // behind the last step that draws
+  while (noise_end > 0 && args.coef[3 * noise_end - 1] == 0.0) noise_end--;
   int64_t made_from = 0, made_to = 0;  // the steps whose normals are in `made`
   for (int64_t step = 0; step < args.steps; step++) {
     const Vec c_out = set1(static_cast<float>(args.coef[3 * step]));
@@ -166,15 +167,9 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
       } else {
         if (step >= made_to) {
           made_from = step;
-          made_to = step + lay.ahead < args.steps ? step + lay.ahead : args.steps;
-          for (int64_t ahead = made_from; ahead < made_to; ahead++) {
-            if (args.coef[3 * ahead + 2] == 0.0) continue;
-            for (int row = 0; row < rows; row++) {
-              fill_normals(keys, static_cast<uint64_t>(args.row_key[row]), static_cast<uint32_t>(args.sample[row]),
-                           static_cast<uint32_t>(1 + ahead), 0, static_cast<int>(dim),
-                           made + ((ahead - made_from) * rows + row) * lay.normals);
-            }
-          }
+          made_to = step + lay.ahead < noise_end ? step + lay.ahead : noise_end;
+          fill_normals(keys, args.row_key, args.sample, rows, static_cast<uint32_t>(1 + step),
+                       static_cast<int>(made_to - made_from), 0, static_cast<int>(dim), made, lay.normals);
         }
         noise = made + (step - made_from) * rows * lay.normals;
         noise_step = lay.normals;

@@ -74,35 +74,63 @@ FASTDIFF_INLINE PhiloxWords philox_words(const PhiloxKeys& keys, uint64_t row_ke
   return words;
 }
 
+// The powers of two of u and v go into the logarithm's exponent and the angle's factor: the results are the same.
 FASTDIFF_INLINE void box_muller(IVec a, IVec b, Vec& first, Vec& second) {
-  const Vec u = to_float(shift_right<8>(a) + iset1(1)) * set1(5.9604644775390625e-8f);
-  const Vec v = to_float(shift_right<8>(b)) * set1(5.9604644775390625e-8f);
-  const Vec radius = sqrt(set1(-2.0f) * log(u));
+  const Vec u = to_float(shift_right<8>(a) + iset1(1));
+  const Vec angle = to_float(shift_right<8>(b)) * set1(6.2831855f * 5.9604644775390625e-8f);
+  const Vec radius = sqrt(set1(-2.0f) * log<24>(u));
   Vec sine, cosine;
-  sincos(set1(6.2831855f) * v, sine, cosine);
+  sincos(angle, sine, cosine);
   first = radius * cosine;
   second = radius * sine;
 }
 
-// The normals of dims first .. last - 1 of one row and one draw, and on to a multiple of kNormalsAtOnce, from out[0] on.
-// `first` is such a multiple.
-FASTDIFF_INLINE void fill_normals(const PhiloxKeys& keys, uint64_t row_key, uint32_t sample, uint32_t draw, int first,
-                                  int last, float* out) {
+// Counters whose words are worked out before any is made normal: the long chains of both halves then overlap.
+constexpr int kCountersAhead = 16;
+
+// The normals of draws first_draw .. + draws - 1 of each row, of dims first .. last - 1 and on to a multiple of
+// kNormalsAtOnce: draw d, row r from out + (d rows + r) row_step on. `first` is such a multiple.
+inline void fill_normals(const PhiloxKeys& keys, const int64_t* row_key, const int64_t* sample, int rows,
+                         uint32_t first_draw, int draws, int first, int last, float* out, int64_t row_step) {
   alignas(64) uint64_t even[kLanes / 2], odd[kLanes / 2];
   for (int i = 0; i < kLanes / 2; i++) {
-    even[i] = (sample << 16) | static_cast<uint32_t>(four_in_turn(2 * i));
-    odd[i] = (sample << 16) | static_cast<uint32_t>(four_in_turn(2 * i + 1));
+    even[i] = static_cast<uint64_t>(four_in_turn(2 * i));
+    odd[i] = static_cast<uint64_t>(four_in_turn(2 * i + 1));
   }
   const LVec first_even = lload(even), first_odd = lload(odd);
-  for (int at = first; at < last; at += kNormalsAtOnce) {
-    const LVec block = lset1(static_cast<uint32_t>(at / 4));  // has zeros where lanes have bits
-    const PhiloxWords words = philox_words(keys, row_key, draw, xor3(first_even, block, lset1(0)),
-                                           xor3(first_odd, block, lset1(0)));
-    Vec normals[4];
-    box_muller(words.w[0], words.w[1], normals[0], normals[1]);
-    box_muller(words.w[2], words.w[3], normals[2], normals[3]);
-    store_in_turn(out + at - first, normals[0], normals[1], normals[2], normals[3]);
+  PhiloxWords words[kCountersAhead];
+  float* places[kCountersAhead];
+  int held = 0;
+  const auto finish = [&] {
+    for (int i = 0; i < held; i++) {
+      Vec normals[4];
+      box_muller(words[i].w[0], words[i].w[1], normals[0], normals[1]);
+      box_muller(words[i].w[2], words[i].w[3], normals[2], normals[3]);
+      store_in_turn(places[i], normals[0], normals[1], normals[2], normals[3]);
+    }
+    held = 0;
+  };
+  for (int draw = 0; draw < draws; draw++) {
+    for (int row = 0; row < rows; row++) {
+      float* const to = out + (static_cast<int64_t>(draw) * rows + row) * row_step;
+      const uint32_t upper = static_cast<uint32_t>(sample[row]) << 16;
+      for (int at = first; at < last; at += kNormalsAtOnce) {
+        const LVec block = lset1(upper | static_cast<uint32_t>(at / 4));  // has zeros where lanes have bits
+        words[held] = philox_words(keys, static_cast<uint64_t>(row_key[row]), first_draw + static_cast<uint32_t>(draw),
+                                   xor3(first_even, block, lset1(0)), xor3(first_odd, block, lset1(0)));
+        places[held] = to + at - first;
+        if (++held == kCountersAhead) finish();
+      }
+    }
   }
+  finish();
+}
+
+// The same for one row and one draw, from out[0] on.
+inline void fill_normals(const PhiloxKeys& keys, uint64_t row_key, uint32_t sample, uint32_t draw, int first, int last,
+                         float* out) {
+  const int64_t key = static_cast<int64_t>(row_key), of_row = sample;
+  fill_normals(keys, &key, &of_row, 1, draw, 1, first, last, out, 0);
 }
 
 }  // namespace FASTDIFF_LEVEL

@@ -7,18 +7,20 @@ namespace FASTDIFF_LEVEL {
 
 void philox_normals(const PhiloxNormalsArgs& args) {
   const PhiloxKeys keys = philox_keys(args.seed);
-  const int whole = args.dim / kNormalsAtOnce * kNormalsAtOnce;
-  for (int64_t row = 0; row < args.rows; row++) {
-    const uint64_t row_key = static_cast<uint64_t>(args.row_key[row]);
-    const uint32_t sample = static_cast<uint32_t>(args.sample[row]);
-    float* out = args.normals + row * args.dim;
-    fill_normals(keys, row_key, sample, args.draw, 0, whole, out);
-    if (whole == args.dim) continue;
-    float rest[kNormalsAtOnce];
-    fill_normals(keys, row_key, sample, args.draw, whole, args.dim, rest);
-    for (int at = whole; at < args.dim; at += kLanes) {
-      const int n = args.dim - at < kLanes ? args.dim - at : kLanes;
-      store_n(out + at, load(rest + at - whole), n);
+  const int whole = args.dim / kNormalsAtOnce * kNormalsAtOnce, rest = args.dim - whole;
+  fill_normals(keys, args.row_key, args.sample, static_cast<int>(args.rows), args.draw, 1, 0, whole, args.normals,
+               args.dim);
+  if (rest == 0) return;
+  alignas(64) float made[kCountersAhead * kNormalsAtOnce];
+  for (int64_t first = 0; first < args.rows; first += kCountersAhead) {
+    const int rows = static_cast<int>(args.rows - first < kCountersAhead ? args.rows - first : kCountersAhead);
+    fill_normals(keys, args.row_key + first, args.sample + first, rows, args.draw, 1, whole, args.dim, made,
+                 kNormalsAtOnce);
+    for (int row = 0; row < rows; row++) {
+      float* out = args.normals + (first + row) * args.dim + whole;
+      for (int at = 0; at < rest; at += kLanes) {
+        store_n(out + at, load(made + row * kNormalsAtOnce + at), rest - at < kLanes ? rest - at : kLanes);
+      }
     }
   }
 }

@@ -95,7 +95,8 @@ FASTDIFF_INLINE IVec as_int(Vec a) { return {_mm512_castps_si512(a.v)}; }
 struct LVec {
   __m512i v;
 };
-FASTDIFF_INLINE LVec lset1(uint32_t x) { return {_mm512_set1_epi64(x)}; }
+// x in the low words; what the high words hold is not specified
+FASTDIFF_INLINE LVec lset1(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
 FASTDIFF_INLINE LVec lload(const uint64_t* p) { return {_mm512_loadu_si512(p)}; }
 FASTDIFF_INLINE LVec xor3(LVec a, LVec b, LVec c) { return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)}; }
 FASTDIFF_INLINE LVec multiply_low(LVec a, LVec b) { return {_mm512_mul_epu32(a.v, b.v)}; }  // low words to 64 bits
@@ -183,7 +184,7 @@ FASTDIFF_INLINE IVec as_int(Vec a) { return {_mm256_castps_si256(a.v)}; }
 struct LVec {
   __m256i v;
 };
-FASTDIFF_INLINE LVec lset1(uint32_t x) { return {_mm256_set1_epi64x(x)}; }
+FASTDIFF_INLINE LVec lset1(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
 FASTDIFF_INLINE LVec lload(const uint64_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 FASTDIFF_INLINE LVec xor3(LVec a, LVec b, LVec c) { return {_mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v)}; }
 FASTDIFF_INLINE LVec multiply_low(LVec a, LVec b) { return {_mm256_mul_epu32(a.v, b.v)}; }
@@ -352,15 +353,29 @@ FASTDIFF_INLINE void store_in_turn(float* p, Vec a, Vec b, Vec c, Vec d) {
 // parts of a vector.
 constexpr int four_in_turn(int lane) { return kLanes / 4 * (lane % 4) + lane / 4; }
 
-// ((a_0 + a_1) + (a_2 + a_3)) + ..: a tree of its own for each level
+// The sum of all lanes and the largest of them. Halves are added to halves, then quarters: a tree of its own for each
+// level. `largest` is not for NaN.
+#if defined(__AVX512F__)
+FASTDIFF_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+FASTDIFF_INLINE float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+#elif defined(__AVX2__)
 FASTDIFF_INLINE float sum(Vec a) {
-  alignas(64) float lane[kLanes];
-  store(lane, a);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-  }
-  return lane[0];
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
+FASTDIFF_INLINE float largest(Vec a) {
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+#else
+FASTDIFF_INLINE float sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+FASTDIFF_INLINE float largest(Vec a) {
+  const float b = a.v[0] > a.v[2] ? a.v[0] : a.v[2], c = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return b > c ? b : c;
+}
+#endif
 
 }  // namespace FASTDIFF_LEVEL
 }  // namespace fastdiff

@@ -37,10 +37,11 @@ FASTDIFF_INLINE Vec magnitude(Vec x) { return as_float(as_int(x) & iset1(0x7FFFF
 // `x` with the sign of `sign`; x >= 0
 FASTDIFF_INLINE Vec with_sign(Vec x, Vec sign) { return as_float(as_int(x) | (as_int(sign) & iset1(0x80000000u))); }
 
-// ln x for positive normal x: x = 2^k m with m in [sqrt(1/2), sqrt(2)), f = m - 1.
+// ln(x 2^-down) for positive normal x: x = 2^k m with m in [sqrt(1/2), sqrt(2)), f = m - 1.
+template <int down = 0>
 FASTDIFF_INLINE Vec log(Vec x) {
   const IVec lifted = as_int(x) + iset1(0x3F800000u - 0x3F3504F3u);  // a mantissa over sqrt(2) carries into the exponent
-  const Vec k = to_float(shift_right<23>(lifted) - iset1(127));
+  const Vec k = to_float(shift_right<23>(lifted) - iset1(127 + down));
   const Vec f = as_float((lifted & iset1(0x007FFFFFu)) + iset1(0x3F3504F3u)) - set1(1.0f);
   const Vec square = f * f;
   Vec p = set1(-7.63449147e-2f);
