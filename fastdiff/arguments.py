@@ -57,8 +57,11 @@ class SamplerRequest:
 
         make_plan  (scheduler, num_steps, timesteps, eta, spacing) -> StepPlan, the model's own; may be cached
         """
-        num_steps = as_int("num_inference_steps", self.num_inference_steps, at_least=1)
-        call_eta = as_float("eta", self.eta)
+        num_steps, call_eta = self.num_inference_steps, self.eta
+        if num_steps is not None:
+            num_steps = as_int("num_inference_steps", num_steps, at_least=1)
+        if call_eta is not None:
+            call_eta = as_float("eta", call_eta)
         shape = {"num_inference_steps": num_steps, "timesteps": self.timesteps, "eta": call_eta}
         given = [name for name, value in shape.items() if value is not None]
         if isinstance(self.scheduler, StepPlan):
@@ -118,34 +121,28 @@ def resolve_settings(
     aggregation: str | None = None,
 ) -> Settings:
     """The arguments of the call; `defaults` where they are None."""
-    k, samples = as_int("top_k", top_k, at_least=1), as_int("num_samples", num_samples, at_least=1)
-    scale = as_float("guidance_scale", guidance_scale)
     if aggregation is not None and aggregation not in AGGREGATIONS:
         raise InvalidArgument(f"generate: aggregation must be one of {', '.join(AGGREGATIONS)} (got {aggregation!r})")
-    if samples is not None and samples > MAX_SAMPLES:
-        raise InvalidArgument(f"generate: num_samples must be at most {MAX_SAMPLES} (got {samples})")
+    if num_samples is not None and as_int("num_samples", num_samples, at_least=1) > MAX_SAMPLES:
+        raise InvalidArgument(f"generate: num_samples must be at most {MAX_SAMPLES} (got {num_samples})")
     return Settings(
-        defaults.top_k if k is None else k,
-        defaults.guidance_scale if scale is None else scale,
-        defaults.num_samples if samples is None else samples,
+        defaults.top_k if top_k is None else as_int("top_k", top_k, at_least=1),
+        defaults.guidance_scale if guidance_scale is None else as_float("guidance_scale", guidance_scale),
+        defaults.num_samples if num_samples is None else as_int("num_samples", num_samples, at_least=1),
         defaults.aggregation if aggregation is None else aggregation,
     )
 
 
-def as_int(name: str, value: Any, at_least: int) -> int | None:
-    """An int from anything that is one (numpy's too); None stays None."""
-    if value is None:
-        return None
+def as_int(name: str, value: Any, at_least: int) -> int:
+    """An int from anything that is one (numpy's too)."""
     number = _index(value)
     if number is None or number < at_least:
         raise InvalidArgument(f"generate: {name} must be an int of at least {at_least} (got {value!r})")
     return number
 
 
-def as_float(name: str, value: Any) -> float | None:
-    """A float from any real number; None stays None."""
-    if value is None:
-        return None
+def as_float(name: str, value: Any) -> float:
+    """A float from any real number."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)) or not np.isfinite(value):
         raise InvalidArgument(f"generate: {name} must be a finite number (got {value!r})")
     return float(value)
@@ -212,9 +209,10 @@ class NoiseRequest:
             start = given[0]
         seed = draw_seed() if self.seed is None else _check_seed(self.seed)
         row_key = histories.row_key if self.request_ids is None else request_row_key(self.request_ids, n_users)
+        row_key = row_key if row_key.device == device else row_key.to(device)
         row_key = row_key if num_samples == 1 else row_key.repeat_interleave(num_samples)
         sample = _sample_index(n_users, num_samples, device)
-        philox = PhiloxNoise(seed, row_key.to(device), sample, dim, dtype, model.bound["philox_normals"])
+        philox = PhiloxNoise(seed, row_key, sample, dim, dtype, model.bound["philox_normals"])
         return (philox if start is None else StartNoise(start, philox)), seed
 
     @staticmethod

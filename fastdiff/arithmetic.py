@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+device_type = lru_cache(lambda device: str(device.type))  # "cpu", "cuda": torch makes a new string each time
 
 
 @contextmanager
@@ -28,7 +32,7 @@ def in_plain_arithmetic(method: Method) -> Method:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_autocast_enabled(self.device.type):
+        if torch.is_autocast_enabled(device_type(self.device)):
             with plain_arithmetic(self.device):
                 return method(self, *args, **kwargs)
         if not torch.is_grad_enabled():

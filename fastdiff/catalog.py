@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from fastdiff._C import ItemIndex
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TopK:
     """rows [B, K] int64, -1 for none; scores [B, K] float32, -inf for none."""
 
@@ -294,7 +294,7 @@ class ItemCatalog:
         """
         query, n_samples = self._queries(query, aggregation)
         _check_k(k)
-        n_users, device = len(query) // n_samples, self.device
+        device = self.device
         if published:
             filters = (exclude_rows, candidate_rows, user_exclude, user_candidates)
             if any(given is not None for given in filters):
@@ -318,7 +318,8 @@ class ItemCatalog:
             table, scan = table[:n_rows], scan[:n_rows]
         rows, scores = op(query, table, k, allowed, user_exclude, user_candidates, scan)
         if n_samples != 1:
-            rows, scores = merge_topk(rows.view(n_users, n_samples * k), scores.view(n_users, n_samples * k), k)
+            wide = (query.shape[0] // n_samples, n_samples * k)
+            rows, scores = merge_topk(rows.view(wide), scores.view(wide), k)
         if published and zeroed is not None:
             zero_rows = _first_rows(zeroed.to(device), k, n_rows)
             zero_scores = torch.zeros(zero_rows.shape, device=device).masked_fill_(zero_rows < 0, -torch.inf)
@@ -331,10 +332,11 @@ class ItemCatalog:
             raise InvalidArgument(
                 f"ItemCatalog.topk: query must be a floating [B, D] or [B, M, D] tensor (got {describe(query)})"
             )
-        if query.shape[-1] != self.dim or (query.ndim == 3 and query.shape[1] == 0):
+        shape, metric = query.shape, self._vectors.metric
+        if shape[-1] != self.dim or 0 in shape[1:-1]:
             raise InvalidArgument(
                 f"ItemCatalog.topk: query must hold vectors of {self.dim} numbers, one or more per user "
-                f"(got shape {list(query.shape)})"
+                f"(got shape {list(shape)})"
             )
         if query.device != self.device:
             raise InvalidArgument(
@@ -344,11 +346,12 @@ class ItemCatalog:
             raise InvalidArgument(
                 f"ItemCatalog.topk: aggregation must be one of {', '.join(AGGREGATIONS)} (got {aggregation!r})"
             )
-        query = query.detach().float()
-        query = query if self.metric == "dot" else normalize(query)
-        if query.ndim == 2:
+        if query.dtype != torch.float32 or query.requires_grad:
+            query = query.detach().float()
+        query = query if metric == "dot" else normalize(query)
+        if len(shape) == 2:
             return query, 1
-        n_samples = query.shape[1]
+        n_samples = shape[1]
         if aggregation == "mean" and n_samples > 1:
             by_sample = query.transpose(1, 2)
             return (sum_in_order(by_sample, torch.ones_like(by_sample)) / n_samples).float(), 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -42,7 +43,7 @@ from fastdiff.plan import StepPlan
 from fastdiff.stopwatch import Stopwatch
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GenerateOutput:
     """What `generate()` returns.
 
@@ -268,9 +269,11 @@ class Engine:
         if closed:
             form, affine = self._closed_form(state, plan)
             x_0 = form.sample(affine.cond, draws.draw(0))
-        else:
-            with _Steps(plan, show_progress, callback_on_step_end) as on_step:
+        elif show_progress:
+            with _progress(plan, callback_on_step_end) as on_step:
                 x_0 = self.model.sample(state, plan, draws, on_step)
+        else:
+            x_0 = self.model.sample(state, plan, draws, callback_on_step_end)
         query = self.model.readout(x_0)
         query = query if n_samples == 1 else query.view(n_users, n_samples, -1)
         watch.lap("denoise")
@@ -344,14 +347,10 @@ class Engine:
         return kept[1]
 
     def _encode(self, window: Histories, catalog: ItemCatalog) -> Any:
-        table = catalog.table
-        if table.dtype != self.model.dtype or table.device != self.device:
-            cached = self._history_table
-            if cached is None or cached[0] is not catalog:
-                cached = (catalog, table.to(self.device, self.model.dtype))
-                self._history_table = cached
-            table = cached[1]
-        return self.model.encode(window, table)
+        kept = self._history_table
+        if kept is None or kept[0] is not catalog:
+            kept = self._history_table = (catalog, catalog.table.to(self.device, self.model.dtype))
+        return self.model.encode(window, kept[1])
 
     def _closed_form(self, state: Any, plan: StepPlan) -> tuple[ClosedForm, AffineDenoiser]:
         affine = self.model.affine(state, plan)
@@ -379,26 +378,16 @@ class Engine:
         return GenerateOutput(catalog.external(rows), top.scores, queries, seed, top, watch)
 
 
-class _Steps:
-    """A step callback that moves a progress bar and calls the caller's; None where neither is wanted."""
+@contextmanager
+def _progress(plan: StepPlan, callback: OnStep | None) -> Iterator[OnStep]:
+    """A step callback that moves a progress bar and calls the caller's."""
+    with tqdm(total=plan.num_steps, unit="step") as bar:
 
-    def __init__(self, plan: StepPlan, show: bool, callback: OnStep | None) -> None:
-        self._plan, self._show, self._callback = plan, show, callback
-        self._bar: Any = None
+        def on_step(step: int, timestep: int, x: Tensor) -> Tensor | None:
+            bar.update()
+            return callback(step, timestep, x) if callback is not None else None
 
-    def __enter__(self) -> OnStep | None:
-        if not self._show:
-            return self._callback
-        self._bar = tqdm(total=self._plan.num_steps, unit="step")
-        return self._step
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _step(self, step: int, timestep: int, x: Tensor) -> Tensor | None:
-        self._bar.update()
-        return self._callback(step, timestep, x) if self._callback is not None else None
+        yield on_step
 
 
 def _rebuild(

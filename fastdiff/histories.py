@@ -38,21 +38,19 @@ Packed = tuple[IntArray, IntArray, IntArray, IntArray, IntArray | None]
 class ParsedHistories:
     """The histories of one call.
 
+    n_users   B
     window    what the model sees
     seen      rows of every item given, also those outside the window
     row_key   [B] int64, a hash of what the model sees
     """
 
-    __slots__ = ("_row_key", "seen", "window")
+    __slots__ = ("_row_key", "n_users", "seen", "window")
 
     def __init__(self, packed: Packed) -> None:
         items, lengths, rows, offsets, self._row_key = packed
+        self.n_users = len(lengths)
         self.window = Histories(torch.from_numpy(items), torch.from_numpy(lengths))
         self.seen = UserLists.trusted(torch.from_numpy(rows), torch.from_numpy(offsets))
-
-    @property
-    def n_users(self) -> int:
-        return self.window.batch_size
 
     @property
     def row_key(self) -> Tensor:

@@ -6,24 +6,25 @@ import time
 
 import torch
 
+from fastdiff.arithmetic import device_type
+
 
 class Stopwatch:
     """`lap(name)` ends a stage; `seconds()` waits for the device, if any, and gives the length of each."""
 
-    __slots__ = ("_mark", "_marks", "_names")
+    __slots__ = ("_laps", "_mark", "_start")
 
     def __init__(self, device: torch.device) -> None:
-        self._mark = _event if device.type == "cuda" else time.perf_counter
-        self._names: list[str] = []
-        self._marks: list[float | torch.cuda.Event] = [self._mark()]
+        self._mark = _event if device_type(device) == "cuda" else time.perf_counter
+        self._laps: list[tuple[str, float | torch.cuda.Event]] = []
+        self._start: float | torch.cuda.Event = self._mark()
 
     def lap(self, name: str) -> None:
-        self._names.append(name)
-        self._marks.append(self._mark())
+        self._laps.append((name, self._mark()))
 
     def seconds(self) -> dict[str, float]:
-        stages = zip(self._names, self._marks, self._marks[1:], strict=False)
-        return {name: _between(start, end) for name, start, end in stages}
+        starts = [self._start, *(end for _, end in self._laps)]
+        return {name: _between(start, end) for start, (name, end) in zip(starts, self._laps, strict=False)}
 
 
 def _event() -> torch.cuda.Event:

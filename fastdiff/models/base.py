@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -202,16 +203,16 @@ class Model(ABC, Generic[ConditionT, StateT]):
 
     # --- facts --------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def item_table(self) -> Tensor:
         """[n_rows, D], special rows included."""
         return self.weights[self.item_table_key]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.item_table.device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         return self.item_table.dtype
 

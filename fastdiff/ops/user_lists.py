@@ -47,7 +47,8 @@ class UserLists:
     def trusted(cls, values: Tensor, offsets: Tensor) -> UserLists:
         """From tensors that are known to be right, because this package made them: nothing is checked."""
         lists = cls.__new__(cls)
-        lists.__dict__.update(values=values, offsets=offsets)
+        facts = lists.__dict__
+        facts["values"], facts["offsets"] = values, offsets
         return lists
 
     @classmethod
@@ -74,8 +75,10 @@ class UserLists:
 
     def repeat(self, times: int) -> UserLists:
         """The lists of B x times queries: each user's list `times` times in a row."""
+        if times == 1:
+            return self
         users = torch.arange(self.n_users, device=self.values.device)
-        return self.select(users.repeat_interleave(times)) if times != 1 else self
+        return self.select(users.repeat_interleave(times))
 
     def select(self, users: Tensor) -> UserLists:
         """The lists of the users named (int64), in that order; a user may be named more than once."""
@@ -107,7 +110,7 @@ class UserLists:
         return UserLists.trusted(self.values[kept], F.pad(lengths.cumsum(0), (1, 0)))
 
     def to(self, device: torch.device | str) -> UserLists:
-        if self.values.device == torch.device(device):
+        if self.values.device == (torch.device(device) if isinstance(device, str) else device):
             return self
         return UserLists.trusted(self.values.to(device), self.offsets.to(device))
 
