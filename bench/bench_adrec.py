@@ -97,7 +97,7 @@ def loop_of_compiled_steps(wrap: Wrap) -> BoundOp:
     ) -> Tensor:
         assert not normalize
         # made before, since torch.compile does not go through the lock of a cached property
-        _ = prefix.flat_keys, prefix.flat_values, prefix.flat_bias, prefix.flat_query_scale
+        _ = prefix.by_head, prefix.flat_bias, prefix.flat_query_scale
         for i, row in enumerate(coef.to(x_t.dtype)):
             # the coefficient of the last step's noise is 0, so any draw does
             draw = noise.draw(1 + i) if i + 1 < len(coef) else x_t

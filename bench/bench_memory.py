@@ -15,8 +15,8 @@ from bench.ours import bindings
 from bench.peak import in_child
 from bench.peak import why_not as why_no_peak
 from bench.retrieval import Faiss, Implicit, torch_topk, why_not
-from bench.topk import OURS, SCANS, Answer
-from fastdiff.ops.score_topk import ScanTable, score_topk
+from bench.topk import OURS, Answer, build_scan
+from fastdiff.ops.score_topk import score_topk
 
 OTHERS = ("torch-topk", "faiss", "faiss-tuned", "implicit")
 
@@ -33,8 +33,7 @@ def calls(
     elif name in ("faiss", "faiss-tuned"):
         search = Faiss(item_emb, tuned=name == "faiss-tuned").search
     else:
-        scan = ScanTable.build(item_emb, {called: dtype for dtype, called in SCANS.items()}[name])
-        search = partial(score_topk.bind(backend, "cpu"), item_emb=item_emb, scan=scan)
+        search = partial(score_topk.bind(backend, "cpu"), item_emb=item_emb, scan=build_scan(name, item_emb))
     return partial(search, query=query[:1], k=k), partial(search, query=query, k=k)
 
 

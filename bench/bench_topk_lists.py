@@ -140,13 +140,13 @@ def providers(kind: str, n_items: int, k: int, batch: int, dim: int, options: Op
             yield Provider(name, partial(build(table), query=asked, k=k), answer.close)
 
     placed = {name: given.to(options.device) for name, given in lists.ours.items()}
-    for provider in our_topk(asked, table, k, answer.same, options, **placed):
+    for provider in our_topk(OURS, asked, table, k, answer.same, options, **placed):
         assert provider.flops is not None
         assert provider.bytes is not None
         yield replace(provider, flops=provider.flops * lists.scored, bytes=provider.bytes * lists.read)
     if kind == "denied":
         unlisted = Answer(query, item_emb, k)
-        for provider in our_topk(asked, table, k, unlisted.same, options):
+        for provider in our_topk(OURS, asked, table, k, unlisted.same, options):
             yield replace(provider, name=provider.name + NO_LISTS, aside=True)
 
 

@@ -26,6 +26,8 @@ COLOURS = {
     "fastdiff-compiled": "#f7b6b7",
     "fastdiff-bf16-scan": "#ff7f0e",
     "fastdiff-int8-scan": "#2ca02c",
+    "fastdiff-bf16-uncertified": "#ffbb78",
+    "fastdiff-int8-uncertified": "#98df8a",
     "fastdiff-closed-form": "#1f77b4",
 }
 ASIDE = "#dddddd"

@@ -21,6 +21,7 @@ from bench.rows import Row, label, seconds, size
 
 OURS = "fastdiff"
 NOISY = "†"
+APPROXIMATE = "≈"
 NONE = "-"
 
 
@@ -138,7 +139,7 @@ def _headline(one: Comparison, provider: str) -> list[str]:
         return [one.name, provider, "WRONG", *[NONE] * 6]
     return [
         one.name,
-        label(ours),
+        label(ours) + (f" {APPROXIMATE}" if ours.get("approximate") else ""),
         seconds(ours["median_s"]),
         share(achieved(ours)),
         NONE if other is None else label(other),
@@ -173,7 +174,7 @@ def case_table(one: Comparison) -> str:
 
 
 def _provider(row: Row, batch: int) -> list[str]:
-    name = label(row) + (" ≈" if row.get("approximate") else "")
+    name = label(row) + (f" {APPROXIMATE}" if row.get("approximate") else "")
     error = f"{row['error']:.1g}"
     if row["status"] != "ok":
         return [name, "WRONG", *[NONE] * 7, f"{error} > {row['tolerance']:g}", NONE]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,19 +13,23 @@ from torch import Tensor
 from bench.cases import GOLDEN, Gate, Options, Provider, ranking_error
 from bench.inputs import some_of
 from bench.ours import bindings
-from fastdiff.ops.score_topk import SCAN_DTYPES, ScanTable, score_topk
+from fastdiff.ops.score_topk import ScanTable, score_topk
 from fastdiff.ops.user_lists import dtype_name
 
 CHECKED_QUERIES = 8
-BF16_TOLERANCE = 2.0**-6
-"""Inputs and scores that are rounded to bfloat16, 8 bits each, tell scores apart to about this much."""
+ROUNDED_TOLERANCE = 2.0**-6
+"""Inputs of 8 bits (bfloat16, int8) tell scores apart to about this much."""
 
 SCANS = {
-    torch.float32: "fastdiff",
-    torch.bfloat16: "fastdiff-bf16-scan",
-    torch.int8: "fastdiff-int8-scan",
+    "fastdiff": torch.float32,
+    "fastdiff-bf16-scan": torch.bfloat16,
+    "fastdiff-int8-scan": torch.int8,
 }
-OURS = tuple(SCANS[dtype] for dtype in SCAN_DTYPES if dtype in SCANS)
+OURS = tuple(SCANS)
+UNCERTIFIED = {
+    "fastdiff-bf16-uncertified": torch.bfloat16,
+    "fastdiff-int8-uncertified": torch.int8,
+}
 NO_LISTS = "-no-lists"
 """The same call without the lists of the case, shown beside it."""
 
@@ -53,9 +57,9 @@ class Answer:
         """Others: place by place, no row may be worse than the best one by more than float32 rounding."""
         return Gate(self._error(output), GOLDEN, "float64 scores, place by place")
 
-    def within_bf16(self, output: tuple[Tensor, Tensor]) -> Gate:
-        """Those that score in bfloat16, and promise no more."""
-        return Gate(self._error(output), BF16_TOLERANCE, "float64 scores, place by place, as bfloat16 tells them apart")
+    def rounded(self, output: tuple[Tensor, Tensor]) -> Gate:
+        """Those that go by scores of rounded inputs, and promise no more."""
+        return Gate(self._error(output), ROUNDED_TOLERANCE, "float64 scores, place by place, as 8 bits tell them apart")
 
     def _error(self, output: tuple[Tensor, Tensor]) -> float:
         return ranking_error(output[0].cpu()[self.users], self.scores)
@@ -69,26 +73,38 @@ def exact_scores(query: Tensor, item_emb: Tensor) -> Tensor:
     return scores
 
 
+def build_scan(name: str, item_emb: Tensor) -> ScanTable:
+    """The table that a provider of ours scans."""
+    dtype = {**SCANS, **UNCERTIFIED}[name]
+    return ScanTable.build(item_emb, dtype, certified=name in SCANS)
+
+
 def our_topk(
-    query: Tensor, item_emb: Tensor, k: int, check: Callable[[Any], Gate], options: Options, **arguments: Any
+    names: Iterable[str],
+    query: Tensor,
+    item_emb: Tensor,
+    k: int,
+    check: Callable[[Any], Gate],
+    options: Options,
+    **arguments: Any,
 ) -> Iterator[Provider]:
-    """score_topk over `item_emb [N, D]`, once per dtype of the scan and way to run it."""
-    flops, at_float32 = 2.0 * len(query) * item_emb.numel(), 4.0 * item_emb.numel()
-    for dtype in SCAN_DTYPES:
-        if dtype not in SCANS or not options.wants(SCANS[dtype]):
+    """score_topk over `item_emb [N, D]`, once per provider of `SCANS` or `UNCERTIFIED` and way to run it."""
+    for name in names:
+        if not options.wants(name):
             continue
         start = time.perf_counter()
-        scan = ScanTable.build(item_emb, dtype)
+        scan = build_scan(name, item_emb)
         setup = time.perf_counter() - start
         for label, backend in bindings([score_topk], options.device).items():
             op = score_topk.bind(backend, options.device)
             yield Provider(
-                SCANS[dtype],
+                name,
                 partial(op, query, item_emb, k, scan=scan, **arguments),
                 check,
                 backend=label,
-                flops=flops,
-                bytes=at_float32 * dtype.itemsize / 4,
-                arithmetic=dtype_name(dtype),
+                flops=2.0 * len(query) * item_emb.numel(),
+                bytes=float(item_emb.numel() * scan.dtype.itemsize),
+                arithmetic=dtype_name(scan.dtype),
                 setup=setup,
+                approximate=name in UNCERTIFIED,
             )

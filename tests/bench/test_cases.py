@@ -27,7 +27,7 @@ from bench.harness import Session, check, measure
 from bench.inputs import draw_histories, draw_lengths, draw_noise, padded
 from bench.ours import our_models
 from bench.rows import append_rows, label, read_rows
-from bench.topk import SCANS, Answer
+from bench.topk import NO_LISTS, OURS, SCANS, Answer
 from bench.weights import random_weights
 from fastdiff.config import ADRecConfig
 from fastdiff.ops.score_topk import SCAN_DTYPES
@@ -117,10 +117,10 @@ def test_the_answer_of_a_ranking_tells_who_keeps_which_promise() -> None:
     def rows(*given: int) -> tuple[Tensor, Tensor]:
         return torch.tensor([given]), torch.zeros(1, 2)
 
-    assert [gate(rows(0, 1)).passed for gate in (answer.same, answer.close, answer.within_bf16)] == [True] * 3
-    assert [gate(rows(1, 0)).passed for gate in (answer.same, answer.close, answer.within_bf16)] == [False, True, True]
-    assert [gate(rows(0, 2)).passed for gate in (answer.same, answer.close, answer.within_bf16)] == [False, False, True]
-    assert not answer.within_bf16(rows(0, 0)).passed
+    assert [gate(rows(0, 1)).passed for gate in (answer.same, answer.close, answer.rounded)] == [True] * 3
+    assert [gate(rows(1, 0)).passed for gate in (answer.same, answer.close, answer.rounded)] == [False, True, True]
+    assert [gate(rows(0, 2)).passed for gate in (answer.same, answer.close, answer.rounded)] == [False, False, True]
+    assert not answer.rounded(rows(0, 0)).passed
 
 
 @pytest.mark.parametrize("kind", bench_topk_lists.KINDS)
@@ -128,7 +128,7 @@ def test_every_kind_of_lists(kind: str, session: Session) -> None:
     rows = measure(topk_lists_case(kind, 2000, 7, batch=3, dim=8), session)
     assert {row["status"] for row in rows} == {"ok"}
     asides = {row["provider"] for row in rows if row["aside"]}
-    assert asides == ({f"{SCANS[dtype]}-no-lists" for dtype in SCAN_DTYPES} if kind == "denied" else set())
+    assert asides == ({name + NO_LISTS for name in OURS} if kind == "denied" else set())
 
 
 def test_the_lists_of_denied_items_matter() -> None:
@@ -141,7 +141,7 @@ def test_the_lists_of_denied_items_matter() -> None:
 
 
 def test_every_scan_dtype_is_measured() -> None:
-    assert set(SCAN_DTYPES) <= set(SCANS)
+    assert set(SCAN_DTYPES) == set(SCANS.values())
 
 
 def test_the_compiled_loop_of_adrec_is_the_loop() -> None:
