@@ -21,6 +21,8 @@ _NAMES = (
     "encode_causal_history",
     "prepare_causal_prefix",
     "denoise_attention_loop",
+    "encode_padded_history",
+    "decode_context",
     "score_topk",
 )
 

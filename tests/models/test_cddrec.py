@@ -17,8 +17,12 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.models.cddrec import CDDRec
 from fastdiff.noise import GivenNoise
+from fastdiff.ops.backend import BoundOp
+from fastdiff.ops.decode_context import decode_context
 from fastdiff.schedule import ScheduleConfig
 from tests.tolerances import AGREE, FLOOR, GOLDEN, relative_error
+
+BACKENDS = decode_context.available("cpu")
 
 
 class RecordedDraws:
@@ -85,8 +89,13 @@ def drawn_model(dtype: torch.dtype, seed: int, **sizes: Any) -> CDDRecModel:
     return model.to(dtype)
 
 
-def restructured(published: CDDRecModel, batch_coupling: str = "published") -> CDDRec:
-    return CDDRec(config_of(published.args, batch_coupling), dict(published.state_dict()))
+def bound(backend: str) -> dict[str, BoundOp]:
+    return {op.name: op.bind(backend, "cpu") for op in CDDRec.ops}
+
+
+def restructured(published: CDDRecModel, batch_coupling: str = "published", backend: str = "torch") -> CDDRec:
+    bindings = bound(backend) if backend != "torch" else None
+    return CDDRec(config_of(published.args, batch_coupling), dict(published.state_dict()), bindings)
 
 
 # --- the authors' recorded outputs ------------------------------------------------------------------------------------
@@ -125,19 +134,21 @@ def test_the_published_code_gives_the_recorded_outputs(office: dict[str, Any]) -
 
 
 @pytest.mark.golden
-def test_a_coupled_batch_gives_the_recorded_outputs(office: dict[str, Any]) -> None:
-    model = CDDRec(config_of(office["args"]), office["weights"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_coupled_batch_gives_the_recorded_outputs(office: dict[str, Any], backend: str) -> None:
+    model = CDDRec(config_of(office["args"]), office["weights"], bound(backend))
     x_0 = run(model, left_aligned(office["history"]), office["noise"])
     assert relative_error(x_0, office["x0"]) <= GOLDEN
     assert_published_rankings(x_0, office)
 
 
 @pytest.mark.golden
-def test_users_alone_give_the_recorded_outputs(office: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_users_alone_give_the_recorded_outputs(office: dict[str, Any], backend: str) -> None:
     histories, noise = left_aligned(office["history"]), office["noise_one_by_one"]
-    uncoupled = CDDRec(config_of(office["args"], "none"), office["weights"])
+    uncoupled = CDDRec(config_of(office["args"], "none"), office["weights"], bound(backend))
     assert relative_error(run(uncoupled, histories, noise), office["x0_one_by_one"]) <= GOLDEN
-    coupled = CDDRec(config_of(office["args"]), office["weights"])
+    coupled = CDDRec(config_of(office["args"]), office["weights"], bound(backend))
     singles = [
         run(coupled, Histories(histories.items[i : i + 1], histories.lengths[i : i + 1]), noise[:, i : i + 1])
         for i in range(histories.batch_size)
@@ -168,16 +179,18 @@ def padded_batches(draw: st.DrawFn, slots: int, n_items: int) -> Tensor:
     return torch.tensor([[0] * (slots - len(row)) + row for row in rows])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float64), *((name, torch.float32) for name in BACKENDS)], ids=str
+)
 @given(data=st.data(), sizes=SIZES, seed=st.integers(0, 1000))
 def test_the_restructured_model_equals_the_published_one(
-    dtype: torch.dtype, data: st.DataObject, sizes: dict[str, Any], seed: int
+    backend: str, dtype: torch.dtype, data: st.DataObject, sizes: dict[str, Any], seed: int
 ) -> None:
     published = drawn_model(dtype, seed, **sizes)
     padded = data.draw(padded_batches(sizes["max_seq_length"], published.args.item_size - 2))
     noise = torch.randn(2, padded.shape[0], sizes["hidden_size"], dtype=dtype)
     theirs = published.inference(padded, RecordedDraws(noise))[:, -1]
-    ours = run(restructured(published), left_aligned(padded), noise)
+    ours = run(restructured(published, backend=backend), left_aligned(padded), noise)
     if dtype == torch.float64:
         assert relative_error(ours, theirs) <= AGREE[dtype]
         return

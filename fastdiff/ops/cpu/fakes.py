@@ -29,6 +29,28 @@ def _denoise_attention_loop(x_t: Tensor, *_: object) -> Tensor:
     return x_t.new_empty(x_t.shape)
 
 
+@torch.library.register_fake("fastdiff::encode_padded_history")
+def _encode_padded_history(items: Tensor, lengths: Tensor, item_table: Tensor, *_: object) -> Tensor:
+    return item_table.new_empty((items.shape[0], item_table.shape[1]))
+
+
+@torch.library.register_fake("fastdiff::decode_context")
+def _decode_context(
+    context: Tensor,
+    weights: Tensor,
+    heads: int,
+    coupled: bool,
+    gelu: bool,
+    eps: float,
+    cross: Tensor,
+    coef: Tensor,
+    normalize: bool,
+    num_samples: int,
+    *_: object,
+) -> Tensor:
+    return context.new_empty((context.shape[0] * num_samples, context.shape[1]))
+
+
 @torch.library.register_fake("fastdiff::denoise_mlp_loop")
 def _denoise_mlp_loop(
     x_t: Tensor | None, weights: Tensor, widths: list[int], activation: int, norm_eps: float, cond: Tensor, *_: object
