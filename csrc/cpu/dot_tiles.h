@@ -89,40 +89,68 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// 64 rows, `apart` bytes from one to the next, by 16 queries: sums [64, 16]. Every tile is 16 by 64 bytes.
 template <bool int8>
-FASTDIFF_INLINE void dot_with_tiles(const char* rows, int64_t apart, const uint32_t* queries, int64_t steps, void* sums) {
+FASTDIFF_INLINE __m512i higher(__m512i a, __m512i b) {
+  return int8 ? _mm512_max_epi32(a, b) : _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+}
+
+// Of rows first .. last - 1 of sums [16, 16], column by column.
+template <bool int8>
+FASTDIFF_INLINE __m512i highest_of_rows(const char* sums, int first, int last) {
+  __m512i even = _mm512_load_si512(sums + 64 * first), odd = _mm512_load_si512(sums + 64 * first + 64);
+  for (int row = first + 2; row < last; row += 2) {
+    even = higher<int8>(even, _mm512_load_si512(sums + 64 * row));
+    odd = higher<int8>(odd, _mm512_load_si512(sums + 64 * row + 64));
+  }
+  return higher<int8>(even, odd);
+}
+
+// 64 rows, `apart` bytes from one to the next, by 16 queries: sums [64, 16]. Every tile is 16 by 64 bytes. Meanwhile the
+// vectors look at sums that were made before, if any: the highest of each 16 rows.
+template <bool int8>
+FASTDIFF_INLINE void dot_with_tiles(const char* rows, int64_t apart, const uint32_t* queries, int64_t steps, char* sums,
+                                    const char* before, __m512i highest[4]) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t step = 0; step < steps; step++) {
     const char* at = rows + 64 * step;
+    const bool look = before != nullptr && step == 0;
     _tile_loadd(7, queries + 256 * step, 64);
     _tile_loadd(4, at, apart);
-    _tile_loadd(5, at + 16 * apart, apart);
     if (int8) {
       _tile_dpbusd(0, 4, 7);
-      _tile_dpbusd(1, 5, 7);
     } else {
       _tile_dpbf16ps(0, 4, 7);
+    }
+    if (look) highest[0] = highest_of_rows<int8>(before, 0, 16);
+    _tile_loadd(5, at + 16 * apart, apart);
+    if (int8) {
+      _tile_dpbusd(1, 5, 7);
+    } else {
       _tile_dpbf16ps(1, 5, 7);
     }
+    if (look) highest[1] = highest_of_rows<int8>(before + 1024, 0, 16);
     _tile_loadd(6, at + 32 * apart, apart);
-    _tile_loadd(4, at + 48 * apart, apart);
     if (int8) {
       _tile_dpbusd(2, 6, 7);
-      _tile_dpbusd(3, 4, 7);
     } else {
       _tile_dpbf16ps(2, 6, 7);
+    }
+    if (look) highest[2] = highest_of_rows<int8>(before + 2048, 0, 16);
+    _tile_loadd(4, at + 48 * apart, apart);
+    if (int8) {
+      _tile_dpbusd(3, 4, 7);
+    } else {
       _tile_dpbf16ps(3, 4, 7);
     }
+    if (look) highest[3] = highest_of_rows<int8>(before + 3072, 0, 16);
   }
-  char* out = static_cast<char*>(sums);
-  _tile_stored(0, out, 64);
-  _tile_stored(1, out + 1024, 64);
-  _tile_stored(2, out + 2048, 64);
-  _tile_stored(3, out + 3072, 64);
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 1024, 64);
+  _tile_stored(2, sums + 2048, 64);
+  _tile_stored(3, sums + 3072, 64);
 }
 
 #endif

@@ -1,6 +1,7 @@
 // levels: baseline avx2 avx512
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the headers of GCC 12
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "dot_panel.h"
 #include "score_topk_exact.h"
@@ -47,6 +48,56 @@ void topk_exact(const topk::ExactArgs& args) {
 #endif
     for (int64_t i = 0; i < here; i++) args.scores[at + i] = scores[i] + 0.0f;
   }
+}
+
+float topk_floor(const float* values, int64_t n, int64_t k) {
+  float low = values[0], high = values[0];
+  for (int64_t i = 1; i < n; i++) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+  }
+  for (int look = 0; look < 40; look++) {
+    const float middle = low + 0.5f * (high - low);
+    if (!(middle > low && middle < high)) break;
+    int32_t count = 0;
+    for (int64_t i = 0; i < n; i++) count += values[i] >= middle;
+    if (count < k) {
+      high = middle;
+    } else {
+      low = middle;
+      if (count <= k + k / 32) break;
+    }
+  }
+  return low;
+}
+
+int64_t topk_prune(topk::Kept& kept, float floor) {
+  int64_t left = 0;
+#if defined(__AVX512F__)
+  const __m512 threshold = _mm512_set1_ps(floor);
+  for (int64_t i = 0; i < kept.count; i += 16) {
+    const __mmask16 here = kept.count - i < 16 ? static_cast<__mmask16>((1u << (kept.count - i)) - 1u) : 0xffff;
+    const __m512 low = _mm512_maskz_loadu_ps(here, kept.low + i), high = _mm512_maskz_loadu_ps(here, kept.high + i);
+    const __m512i row = _mm512_maskz_loadu_epi32(here, kept.row + i);
+    const __mmask16 stay = _mm512_mask_cmp_ps_mask(here, high, threshold, _CMP_GE_OQ);
+    const int n = __builtin_popcount(stay);
+    const __mmask16 first = static_cast<__mmask16>((1u << n) - 1u);
+    _mm512_mask_storeu_ps(kept.low + left, first, _mm512_maskz_compress_ps(stay, low));
+    _mm512_mask_storeu_ps(kept.high + left, first, _mm512_maskz_compress_ps(stay, high));
+    _mm512_mask_storeu_epi32(kept.row + left, first, _mm512_maskz_compress_epi32(stay, row));
+    left += n;
+  }
+#else
+  for (int64_t i = 0; i < kept.count; i++) {
+    const float low = kept.low[i], high = kept.high[i];
+    const int32_t row = kept.row[i];
+    kept.low[left] = low;
+    kept.high[left] = high;
+    kept.row[left] = row;
+    left += high >= floor;
+  }
+#endif
+  return kept.count = left;
 }
 
 namespace {

@@ -1,6 +1,7 @@
 // levels: baseline avx2 avx512 avx512_vnni avx512_bf16 amx
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC 12's own headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the headers of GCC 12
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "dot_tiles.h"
 #include "score_topk.h"
@@ -10,6 +11,8 @@ namespace FASTDIFF_LEVEL {
 namespace {
 
 using namespace topk;
+
+constexpr int64_t kAhead = 2;  // blocks from the one at work to the one that is fetched into the second-level cache
 
 // One block of 64 rows on its way through the scan.
 struct Block {
@@ -93,30 +96,30 @@ class Scan {
       for (int64_t i = here; i < kBlock && first + i < args_.n_some; i++) block_.rows[i] = zeros_;
     }
     for (int64_t i = here; i < kBlock; i++) block_.rows[i] = zeros_;
-    prefetch(block);
     return true;
   }
 
-  // The rows that come after the next.
-  void prefetch(int64_t block) const {
+  // Row i of the block after the next, while row i of this one is read.
+  FASTDIFF_INLINE void prefetch(int64_t i) const {
 #if defined(__AVX2__)
-    const int64_t ahead = (block + 2) * kBlock;
+    const int64_t ahead = block_.first + kAhead * kBlock + i;
+    const char* row;
     if (args_.some != nullptr) {
-      for (int64_t i = ahead; i < ahead + kBlock && i < args_.n_some; i++) {
-        const char* row = table_.row(args_.some[i]);
-        for (int64_t at = 0; at < 4 * dim_; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
-      }
-    } else if (ahead + kBlock <= table_.n_rows) {
-      const char* row = table_.row(ahead);
-      for (int64_t at = 0; at < kBlock * table_.row_bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
+      if (ahead >= args_.n_some) return;
+      row = table_.row(args_.some[ahead]);
+    } else {
+      if (ahead >= table_.n_rows) return;
+      row = table_.row(ahead);
     }
+    for (int64_t at = 0; at < table_.row_bytes; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
 #else
-    (void)block;
+    (void)i;
 #endif
   }
 
   // Row i of the block in float32, in place or in `space`.
   const float* wide_row(int64_t i, float* space) const {
+    prefetch(i);
     switch (table_.stored) {
       case Stored::float32:
         return reinterpret_cast<const float*>(block_.rows[i]);
@@ -148,6 +151,7 @@ class Scan {
       const float* rows[16];
       for (int i = 0; i < 16; i++) {
         const char* row = block_.rows[group * 16 + i];
+        prefetch(group * 16 + i);
         if (table_.stored == Stored::float32 || bytes != 4 * steps) {
           char* space = reinterpret_cast<char*>(wide_) + i * row_;
           narrow_row(row, space, 4 * steps);
@@ -161,7 +165,7 @@ class Scan {
   }
 
   // A row as bfloat16 or as it is stored, padded to `width` bytes. A padded query is zero there.
-  void narrow_row(const char* row, char* out, int64_t width) const {
+  FASTDIFF_INLINE void narrow_row(const char* row, char* out, int64_t width) const {
     const int64_t bytes = dim_ * (table_.stored == Stored::int8 ? 1 : 2);
     if (table_.stored != Stored::float32) {
       std::memcpy(out, row, static_cast<size_t>(bytes));
@@ -173,12 +177,12 @@ class Scan {
         const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
         _mm512_storeu_si512(out + 2 * i, (__m512i)both);
       }
-      narrow_bfloat16(from + i, dim_ - i, reinterpret_cast<uint16_t*>(out) + i);
+      if (i < dim_) narrow_bfloat16(from + i, dim_ - i, reinterpret_cast<uint16_t*>(out) + i);
 #else
       narrow_bfloat16(reinterpret_cast<const float*>(row), dim_, reinterpret_cast<uint16_t*>(out));
 #endif
     }
-    std::memset(out + bytes, 0, static_cast<size_t>(width - bytes));
+    if (width > bytes) std::memset(out + bytes, 0, static_cast<size_t>(width - bytes));
   }
 
   // --- thresholds ----------------------------------------------------------------------------------------------------
@@ -198,10 +202,10 @@ class Scan {
     // sum >= zero + (floor - slack) / (scales), rounded down by more than the division may round up
     int32_t* out = whole_thresholds();
     for (int64_t q = 0; q < queries_.n_padded; q++) {
-      const float quotient = (slot_.floor[q] - slack(q)) / (queries_.scale[q] * block_.bound.scale);
-      float low = quotient - (quotient < 0.0f ? -quotient : quotient) * 0x1p-20f - 1.0f;
+      float low = (slot_.floor[q] - slack(q)) / (queries_.scale[q] * block_.bound.scale);
       low = low < -0x1p30f ? -0x1p30f : low;
       low = low > 0x1p30f ? 0x1p30f : low;
+      low -= (low < 0.0f ? -low : low) * 0x1p-20f + 1.0f;
       out[q] = static_cast<int32_t>(low) + queries_.zero[q];
     }
   }
@@ -346,74 +350,77 @@ class Scan {
     const int64_t steps = queries_.steps / 16, width = 64 * steps;
     const char* rows = block_.rows[0];
     int64_t apart = table_.row_bytes;
+    const char *next = nullptr, *next_end = nullptr;  // what is still to be fetched of the rows ahead
     const bool as_stored = table_.stored != Stored::float32 && dim_ * (int8 ? 1 : 2) == width;
     if (!block_.in_place || !as_stored) {
-      for (int64_t i = 0; i < kBlock; i++) narrow_row(block_.rows[i], packed_ + i * width, width);
+      for (int64_t i = 0; i < kBlock; i++) {
+        prefetch(i);
+        narrow_row(block_.rows[i], packed_ + i * width, width);
+      }
       rows = packed_;
       apart = width;
+    } else {
+      const int64_t ahead = block_.first + kAhead * kBlock;
+      if (ahead + kBlock <= table_.n_rows) next = table_.row(ahead), next_end = next + kBlock * table_.row_bytes;
     }
     // each result is looked at while the next is being computed
     constexpr int64_t kSums = kBlock * kTile * 4;
     const int64_t n_tiles = (queries_.n + kTile - 1) / kTile, words = queries_.steps * kTile;
-    dot_with_tiles<int8>(rows, apart, queries_.words, steps, sums_);
+    const int64_t share = round_up((next_end - next + n_tiles - 1) / n_tiles, 64);
+    const auto fetch = [&] {  // a share at a time: more requests at once would wait for one another
+      for (const char* end = next_end - next < share ? next_end : next + share; next < end; next += 64) {
+        _mm_prefetch(next, _MM_HINT_T1);
+      }
+    };
+    Highest<int8> highest;
+    fetch();
+    dot_with_tiles<int8>(rows, apart, queries_.words, steps, sums_, nullptr, highest.group);
     for (int64_t tile = 1; tile < n_tiles; tile++) {
-      dot_with_tiles<int8>(rows, apart, queries_.words + tile * words, steps, sums_ + tile % 2 * kSums);
-      compare_sums<int8>((tile - 1) * kTile, sums_ + (tile - 1) % 2 * kSums);
+      char* before = sums_ + (tile - 1) % 2 * kSums;
+      fetch();
+      dot_with_tiles<int8>(rows, apart, queries_.words + tile * words, steps, sums_ + tile % 2 * kSums, before, highest.group);
+      compare_tile<int8>((tile - 1) * kTile, before, highest);
     }
-    compare_sums<int8>((n_tiles - 1) * kTile, sums_ + (n_tiles - 1) % 2 * kSums);
+    char* last = sums_ + (n_tiles - 1) % 2 * kSums;
+    for (int group = 0; group < 4; group++) highest.group[group] = highest_of_rows<int8>(last + group * 1024, 0, 16);
+    compare_tile<int8>((n_tiles - 1) * kTile, last, highest);
+  }
+
+  // Of each 16 rows the highest sum of each of 16 queries.
+  template <bool int8>
+  struct Highest {
+    __m512i group[4];
+  };
+
+  template <bool int8>
+  static FASTDIFF_INLINE uint32_t reach(__m512i sums, __m512i threshold) {
+    return int8 ? _mm512_cmpge_epi32_mask(sums, threshold)
+                : _mm512_cmp_ps_mask(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(threshold), _CMP_GE_OQ);
   }
 
   template <bool int8>
-  FASTDIFF_INLINE void compare_sums(int64_t q, const char* sums) {
-    if (int8) {
-      compare_whole(q, reinterpret_cast<const int32_t*>(sums));
-    } else {
-      compare_tiles(q, reinterpret_cast<const float*>(sums));
-    }
+  FASTDIFF_INLINE void compare_tile(int64_t q, const char* sums, const Highest<int8>& highest) {
+    const __m512i threshold = _mm512_loadu_si512(thresholds_ + 4 * q);
+    const __m512i all = higher<int8>(higher<int8>(highest.group[0], highest.group[1]),
+                                     higher<int8>(highest.group[2], highest.group[3]));
+    if (__builtin_expect(reach<int8>(all, threshold) == 0, 1)) return;
+    look_closer<int8>(q, sums, highest);
   }
 
-  void compare_tiles(int64_t q, const float* sums) {
-    const __m512 threshold = _mm512_loadu_ps(thresholds() + q);
-    __m512 highest[4];
-    for (int group = 0; group < 4; group++) highest[group] = _mm512_load_ps(sums + group * 256);
-    for (int row = 1; row < 16; row++) {
-      for (int group = 0; group < 4; group++) {
-        highest[group] = _mm512_max_ps(highest[group], _mm512_load_ps(sums + group * 256 + row * 16));
-      }
-    }
-    const __m512 all = _mm512_max_ps(_mm512_max_ps(highest[0], highest[1]), _mm512_max_ps(highest[2], highest[3]));
-    if (__builtin_expect(_mm512_cmp_ps_mask(all, threshold, _CMP_GE_OQ) == 0, 1)) return;
+  template <bool int8>
+  __attribute__((noinline)) void look_closer(int64_t q, const char* sums, const Highest<int8>& highest) {
+    const __m512i threshold = _mm512_loadu_si512(thresholds_ + 4 * q);
     for (int group = 0; group < 4; group++) {
-      if (_mm512_cmp_ps_mask(highest[group], threshold, _CMP_GE_OQ) == 0) continue;
+      if (reach<int8>(highest.group[group], threshold) == 0) continue;
       for (int row = group * 16; row < group * 16 + 16; row++) {
-        uint32_t hits = _mm512_cmp_ps_mask(_mm512_load_ps(sums + row * 16), threshold, _CMP_GE_OQ);
+        uint32_t hits = reach<int8>(_mm512_load_si512(sums + 64 * row), threshold);
         for (; hits != 0; hits &= hits - 1) {
           const int lane = __builtin_ctz(hits);
-          keep(q + lane, row, sums[row * 16 + lane]);
-        }
-      }
-    }
-  }
-
-  void compare_whole(int64_t q, const int32_t* sums) {
-    const __m512i threshold = _mm512_loadu_si512(whole_thresholds() + q);
-    __m512i highest[4];
-    for (int group = 0; group < 4; group++) highest[group] = _mm512_load_si512(sums + group * 256);
-    for (int row = 1; row < 16; row++) {
-      for (int group = 0; group < 4; group++) {
-        highest[group] = _mm512_max_epi32(highest[group], _mm512_load_si512(sums + group * 256 + row * 16));
-      }
-    }
-    const __m512i all =
-        _mm512_max_epi32(_mm512_max_epi32(highest[0], highest[1]), _mm512_max_epi32(highest[2], highest[3]));
-    if (__builtin_expect(_mm512_cmpge_epi32_mask(all, threshold) == 0, 1)) return;
-    for (int group = 0; group < 4; group++) {
-      if (_mm512_cmpge_epi32_mask(highest[group], threshold) == 0) continue;
-      for (int row = group * 16; row < group * 16 + 16; row++) {
-        uint32_t hits = _mm512_cmpge_epi32_mask(_mm512_load_si512(sums + row * 16), threshold);
-        for (; hits != 0; hits &= hits - 1) {
-          const int lane = __builtin_ctz(hits);
-          keep(q + lane, row, score_of(q + lane, sums[row * 16 + lane]));
+          uint32_t word;
+          std::memcpy(&word, sums + 64 * row + 4 * lane, 4);
+          float score;
+          std::memcpy(&score, &word, 4);
+          keep(q + lane, row, int8 ? score_of(q + lane, static_cast<int32_t>(word)) : score);
         }
       }
     }

@@ -330,39 +330,6 @@ struct Allowed {
 
 // --- keeping ----------------------------------------------------------------------------------------------------------
 
-// The largest number found in [low, high] such that at least k of `values` reach it, near the k-th largest.
-float floor_of(const float* values, int64_t n, int64_t k) {
-  float low = kInfinity, high = -kInfinity;
-  for (int64_t i = 0; i < n; i++) {
-    low = std::min(low, values[i]);
-    high = std::max(high, values[i]);
-  }
-  for (int look = 0; look < 40; look++) {
-    const float middle = low + 0.5f * (high - low);
-    if (!(middle > low && middle < high)) break;
-    int32_t count = 0;
-    for (int64_t i = 0; i < n; i++) count += values[i] >= middle;
-    if (count < k) {
-      high = middle;
-    } else {
-      low = middle;
-      if (count <= k + k / 16) break;
-    }
-  }
-  return low;
-}
-
-int64_t drop_below(Kept& kept, float floor) {
-  int64_t left = 0;
-  for (int64_t i = 0; i < kept.count; i++) {
-    kept.low[left] = kept.low[i];
-    kept.high[left] = kept.high[i];
-    kept.row[left] = kept.row[i];
-    left += kept.high[left] >= floor;
-  }
-  return kept.count = left;
-}
-
 // The floors that all threads share: what one has found serves the others.
 class Floors {
  public:
@@ -399,10 +366,12 @@ struct Found {  // of one thread
 
 struct Job {
   const Search& search;
-  const int64_t k;
+  int64_t k;  // the place whose score is the floor: in a sample, a higher one
   const Queries queries;
   int64_t capacity;
   Floors floors;
+  float (*const floor_of)(const float*, int64_t, int64_t) = FASTDIFF_PICK(topk_floor);
+  int64_t (*const prune)(Kept&, float) = FASTDIFF_PICK(topk_prune);
   std::atomic<int64_t> may_grow{kGrowthBytes};
   std::unique_ptr<std::atomic<bool>[]> given_up;
 
@@ -435,8 +404,8 @@ void make_room(Slot& slot, int64_t q) {
   Kept& kept = found.kept[static_cast<size_t>(q)];
   std::atomic<bool>& given_up = job.given_up[static_cast<size_t>(q)];
   if (!given_up.load(std::memory_order_relaxed)) {
-    slot.floor[q] = job.floors.raise(q, std::max(slot.floor[q], floor_of(kept.low, kept.count, job.k)));
-    if (drop_below(kept, slot.floor[q]) <= kept.capacity - kept.capacity / 4) return;
+    slot.floor[q] = job.floors.raise(q, std::max(slot.floor[q], job.floor_of(kept.low, kept.count, job.k)));
+    if (job.prune(kept, slot.floor[q]) <= kept.capacity - kept.capacity / 4) return;
     const int64_t capacity = 2 * kept.capacity, bytes = kept_bytes(capacity);
     if (job.may_grow.fetch_sub(bytes, std::memory_order_relaxed) >= bytes) {
       found.grown.emplace_back(bytes);
@@ -474,32 +443,37 @@ Found::Found(Job& job)
 
 // --- the work in pieces -----------------------------------------------------------------------------------------------
 
-// The blocks in ranges; of each the first few come before all others, so that floors rise from all over the table.
+// Tables of at least this many blocks are first sampled: one block of kStride.
+constexpr int64_t kSampledBlocks = 512, kStride = 32;
+
+// The blocks in pieces, for the threads to take; with the sample only, or without it.
 class Pieces {
  public:
-  Pieces(int64_t n_blocks, int slots) : n_blocks_(n_blocks) {
-    range_ = std::min<int64_t>(256, std::max<int64_t>(16, n_blocks / (8 * slots)));
-    n_ranges_ = (n_blocks + range_ - 1) / range_;
-    head_ = n_ranges_ < 8 ? 0 : std::max<int64_t>(1, range_ / 32);
-    per_piece_ = 8;
-    n_heads_ = head_ == 0 ? 0 : (n_ranges_ + per_piece_ - 1) / per_piece_;
+  Pieces(int64_t n_blocks, int slots, bool sampled) : n_blocks_(n_blocks), sampled_(sampled) {
+    const int64_t blocks = std::min<int64_t>(256, std::max<int64_t>(16, n_blocks / (8 * slots)));
+    size_ = sampled ? round_up(blocks, kStride) : blocks;
   }
-  int64_t count() const { return n_heads_ + n_ranges_; }
+  int64_t of_sample() const { return (n_blocks_ + kStride * kStride - 1) / (kStride * kStride); }
+  int64_t of_rest() const { return (n_blocks_ + size_ - 1) / size_; }
 
   template <class Run>  // run(first block, behind the last)
-  void run(int64_t piece, const Run& run) const {
-    if (piece >= n_heads_) {
-      const int64_t first = (piece - n_heads_) * range_;
-      if (first + head_ < n_blocks_) run(first + head_, std::min(n_blocks_, first + range_));
-      return;
-    }
-    for (int64_t range = piece * per_piece_; range < std::min(n_ranges_, (piece + 1) * per_piece_); range++) {
-      run(range * range_, std::min(n_blocks_, range * range_ + head_));
+  void run_sample(int64_t piece, const Run& run) const {
+    const int64_t end = std::min(n_blocks_, (piece + 1) * kStride * kStride);
+    for (int64_t block = piece * kStride * kStride; block < end; block += kStride) run(block, block + 1);
+  }
+
+  template <class Run>
+  void run_rest(int64_t piece, const Run& run) const {
+    const int64_t end = std::min(n_blocks_, (piece + 1) * size_);
+    if (!sampled_) return run(piece * size_, end);
+    for (int64_t block = piece * size_; block < end; block += kStride) {
+      if (block + 1 < end) run(block + 1, std::min(end, block + kStride));
     }
   }
 
  private:
-  int64_t n_blocks_, range_, n_ranges_, head_, per_piece_, n_heads_;
+  int64_t n_blocks_, size_;
+  bool sampled_;
 };
 
 // --- one scan ---------------------------------------------------------------------------------------------------------
@@ -517,43 +491,86 @@ struct Way {
   const std::vector<int32_t>* some;  // the only rows allowed; null: all
 };
 
-// Scans for the queries `which`, writes their answers, and returns those of whom too many rows are within the bound.
-std::vector<int64_t> scan(const Search& search, const Way& way, const Allowed& allowed, const std::vector<int64_t>& which,
-                          int64_t capacity, double largest_norm, Report& report) {
+// How a query is left without an answer.
+struct Left {
+  std::vector<int64_t> guessed_wrong;  // the floor that the sample suggested was above the k-th best
+  std::vector<int64_t> too_many;       // too many rows are within the bound
+};
+
+// Scans for the queries `which` and writes their answers.
+//
+// With `guess`, a large table is sampled first. The k-th best of the table is at about place k / kStride of the sample, so
+// some places further down there is a score that more than k rows are likely to reach; only rows that may reach it are
+// kept. Once the scan is over, k kept rows that surely reach it prove the guess right.
+Left scan(const Search& search, const Way& way, const Allowed& allowed, const std::vector<int64_t>& which, int64_t capacity,
+          double largest_norm, bool guess, Report& report) {
   const Prepared prepared(search, which, way.product, way.table.stored, way.residual, largest_norm);
   const DeniedRows denied(search, which);
   const int64_t n_rows = way.some == nullptr ? way.table.n_rows : static_cast<int64_t>(way.some->size());
   const int64_t n = static_cast<int64_t>(which.size()), n_blocks = (n_rows + kBlock - 1) / kBlock;
   const int64_t cost = cost_of_scan(search, way.table.stored, n_rows, n);
   const int slots = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(search.threads, cost / 20000)));
-  const Pieces pieces(n_blocks, slots);
+  guess = guess && n_blocks >= kSampledBlocks;
+  const Pieces pieces(n_blocks, slots, guess);
   Job job(search, search.k, prepared.view(), capacity);
   std::vector<std::unique_ptr<Found>> found(static_cast<size_t>(slots));
-  std::atomic<int64_t> next{0};
   const auto kernel = FASTDIFF_PICK_ALL(topk_scan);
-  parallel(slots, slots, [&](int64_t task) {
-    auto& mine = found[static_cast<size_t>(task)];
-    for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces.count();) {
-      if (mine == nullptr) mine = std::make_unique<Found>(job);
-      for (int64_t q = 0; q < n; q++) mine->floor[q] = std::max(mine->floor[q], job.floors.get(q));
-      pieces.run(piece, [&](int64_t first, int64_t last) {
-        ScanArgs args;
-        args.table = way.table;
-        args.product = way.product;
-        args.some = way.some == nullptr ? nullptr : way.some->data();
-        args.n_some = way.some == nullptr ? 0 : static_cast<int64_t>(way.some->size());
-        args.queries = job.queries;
-        args.allowed = way.some != nullptr || allowed.bits.empty() ? nullptr : allowed.bits.data();
-        args.denied = denied.get();
-        args.first_block = first;
-        args.last_block = last;
-        args.slot = &mine->slot;
-        kernel(args);
-      });
+  const auto scan_pieces = [&](bool sample) {
+    std::atomic<int64_t> next{0};
+    const int64_t n_pieces = sample ? pieces.of_sample() : pieces.of_rest();
+    parallel(slots, slots, [&](int64_t task) {
+      auto& mine = found[static_cast<size_t>(task)];
+      for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < n_pieces;) {
+        if (mine == nullptr) mine = std::make_unique<Found>(job);
+        for (int64_t q = 0; q < n; q++) mine->floor[q] = std::max(mine->floor[q], job.floors.get(q));
+        const auto run = [&](int64_t first, int64_t last) {
+          ScanArgs args;
+          args.table = way.table;
+          args.product = way.product;
+          args.some = way.some == nullptr ? nullptr : way.some->data();
+          args.n_some = way.some == nullptr ? 0 : static_cast<int64_t>(way.some->size());
+          args.queries = job.queries;
+          args.allowed = way.some != nullptr || allowed.bits.empty() ? nullptr : allowed.bits.data();
+          args.denied = denied.get();
+          args.first_block = first;
+          args.last_block = last;
+          args.slot = &mine->slot;
+          kernel(args);
+        };
+        if (sample) {
+          pieces.run_sample(piece, run);
+        } else {
+          pieces.run_rest(piece, run);
+        }
+      }
+    });
+  };
+  const auto lows = [&](int64_t q, std::vector<float>& low) {
+    low.clear();
+    for (const auto& slot : found) {
+      if (slot == nullptr) continue;
+      const Kept& kept = slot->kept[static_cast<size_t>(q)];
+      low.insert(low.end(), kept.low, kept.low + kept.count);
     }
-  });
+    return static_cast<int64_t>(low.size());
+  };
+  std::vector<float> guesses;
+  if (guess) {
+    const double expected = static_cast<double>(search.k) / kStride;
+    job.k = static_cast<int64_t>(expected + 4.0 * std::sqrt(expected) + 4.0);
+    scan_pieces(true);
+    guesses.assign(static_cast<size_t>(n), -kInfinity);
+    std::vector<float> low;
+    for (int64_t q = 0; q < n; q++) {
+      if (lows(q, low) < job.k || job.given_up[static_cast<size_t>(q)].load(std::memory_order_relaxed)) continue;
+      guesses[static_cast<size_t>(q)] = job.floors.raise(q, job.floor_of(low.data(), static_cast<int64_t>(low.size()), job.k));
+    }
+    job.k = search.k;
+  }
+  scan_pieces(false);
 
   std::atomic<int64_t> rescored{0};
+  std::vector<char> wrong(static_cast<size_t>(n), 0);
   const int64_t per_task = std::max<int64_t>(1, std::min<int64_t>(16, n / (4 * slots)));
   const auto exact = FASTDIFF_PICK(topk_exact);
   parallel(slots, (n + per_task - 1) / per_task, [&](int64_t task) {
@@ -564,15 +581,15 @@ std::vector<int64_t> scan(const Search& search, const Way& way, const Allowed& a
     for (int64_t q = task * per_task; q < std::min(n, (task + 1) * per_task); q++) {
       if (job.given_up[static_cast<size_t>(q)].load(std::memory_order_relaxed)) continue;
       float floor = job.floors.get(q);
-      low.clear();
-      for (const auto& slot : found) {
-        if (slot == nullptr) continue;
-        const Kept& kept = slot->kept[static_cast<size_t>(q)];
-        low.insert(low.end(), kept.low, kept.low + kept.count);
+      const int64_t n_kept = lows(q, low);
+      if (guess && guesses[static_cast<size_t>(q)] > -kInfinity) {
+        const float guessed = guesses[static_cast<size_t>(q)];
+        if (std::count_if(low.begin(), low.end(), [&](float score) { return score >= guessed; }) < search.k) {
+          wrong[static_cast<size_t>(q)] = 1;
+          continue;
+        }
       }
-      if (static_cast<int64_t>(low.size()) > search.k) {
-        floor = std::max(floor, floor_of(low.data(), static_cast<int64_t>(low.size()), search.k));
-      }
+      if (n_kept > search.k) floor = std::max(floor, job.floor_of(low.data(), n_kept, search.k));
       rows.clear();
       for (const auto& slot : found) {
         if (slot == nullptr) continue;
@@ -602,29 +619,37 @@ std::vector<int64_t> scan(const Search& search, const Way& way, const Allowed& a
     }
   });
   report.rescored += rescored.load();
-  std::vector<int64_t> left;
+  Left left;
   for (int64_t q = 0; q < n; q++) {
-    if (job.given_up[static_cast<size_t>(q)].load()) left.push_back(which[static_cast<size_t>(q)]);
+    if (wrong[static_cast<size_t>(q)]) left.guessed_wrong.push_back(which[static_cast<size_t>(q)]);
+    if (job.given_up[static_cast<size_t>(q)].load()) left.too_many.push_back(which[static_cast<size_t>(q)]);
   }
   return left;
 }
 
-// The same for any number of queries, as many at a time as the buffers may hold.
+// The same for any number of queries, as many at a time as the buffers may hold. Returns those without an answer.
 std::vector<int64_t> scan_all(const Search& search, const Way& way, const Allowed& allowed,
-                              const std::vector<int64_t>& which, double largest_norm, Report& report) {
-  const int64_t capacity = 2 * std::min(search.k, search.scan.n_rows) + 448;
+                              const std::vector<int64_t>& which, double largest_norm, bool guess, Report& report) {
+  const int64_t k = std::min(search.k, search.scan.n_rows);
+  const int64_t capacity = (way.table.stored == Stored::int8 ? 2 * k : k) + std::max<int64_t>(k / 2, 156);
   const int64_t each = search.threads * kept_bytes(capacity);
-  std::vector<int64_t> left, some;
+  std::vector<int64_t> again, left, some;
   int64_t bytes = 0;
   for (size_t i = 0; i < which.size(); i++) {
     some.push_back(which[i]);
     bytes += each + DeniedRows::bytes_for(search, which[i]);
     const bool last = i + 1 == which.size();
     if (!last && bytes + each + DeniedRows::bytes_for(search, which[i + 1]) <= kBufferBytes) continue;
-    const std::vector<int64_t> more = scan(search, way, allowed, some, capacity, largest_norm, report);
-    left.insert(left.end(), more.begin(), more.end());
+    const Left more = scan(search, way, allowed, some, capacity, largest_norm, guess, report);
+    again.insert(again.end(), more.guessed_wrong.begin(), more.guessed_wrong.end());
+    left.insert(left.end(), more.too_many.begin(), more.too_many.end());
     some.clear();
     bytes = 0;
+  }
+  if (!again.empty()) {
+    report.guessed_wrong += static_cast<int64_t>(again.size());
+    const std::vector<int64_t> more = scan_all(search, way, allowed, again, largest_norm, false, report);
+    left.insert(left.end(), more.begin(), more.end());
   }
   return left;
 }
@@ -820,12 +845,12 @@ void search(const Search& search, Report* report) {
   const Product product = product_for(table.stored);
   const bool residual = search.scan.stored != Stored::int8 || table.stored == Stored::int8;
   const Way first{table, product, residual, gather ? &few : nullptr};
-  std::vector<int64_t> left = scan_all(search, first, allowed, in_range, largest_norm, counts);
+  std::vector<int64_t> left = scan_all(search, first, allowed, in_range, largest_norm, true, counts);
   counts.scanned += static_cast<int64_t>(in_range.size());
   if (!left.empty() && !(product == Product::float32 && table.stored == Stored::float32)) {
     const Way second{items, Product::float32, residual, gather ? &few : nullptr};
     counts.scanned_again += static_cast<int64_t>(left.size());
-    left = scan_all(search, second, allowed, left, largest_norm, counts);
+    left = scan_all(search, second, allowed, left, largest_norm, true, counts);
   }
   left.insert(left.end(), out_of_range.begin(), out_of_range.end());
   counts.by_definition += static_cast<int64_t>(left.size());

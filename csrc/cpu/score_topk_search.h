@@ -31,6 +31,7 @@ struct Search {
 // How many queries went which way, for tests and measurements.
 struct Report {
   int64_t scanned = 0;        // queries of the first scan
+  int64_t guessed_wrong = 0;  // scanned a second time, because a sample misled
   int64_t scanned_again = 0;  // of whom it kept too many, scanned in float32
   int64_t by_definition = 0;  // of whom that kept too many, or that were not worth a scan
   int64_t rescored = 0;       // rows scored by the definition after scans
