@@ -1,7 +1,7 @@
-// Attention of one query over the keys of one user, head by head, with keys and values in panels.
+// Attention of one query over the keys of one user, head by head.
 //
 // What a query gathers depends on its own keys, in index order, and on nothing else: scores are chains over the head's
-// dims, the largest score is exact in any order, and lanes beyond the last key weigh exactly 0.
+// dims, the largest score is the same in any order, and lanes beyond the last key weigh exactly 0.
 #pragma once
 
 #include "linear.h"
@@ -9,129 +9,225 @@
 
 namespace fastdiff {
 
-// The keys and values of one sequence, room for n_keys of them:
-//     keys    [heads][ceil(n_keys / 16)][width][16]        values  [heads][ceil(width / 16)][n_keys][16]
-struct KeyPanels {
+// The keys and values of one sequence, room for n_keys of them. Keys are turned, so that scores come out side by side:
+//     keys    [heads][width][padded(n_keys)]        values  [n_keys][heads][padded(width)]
+struct KeyValues {
   float* keys;
   float* values;
   int heads, width, n_keys;
 
-  int key_panels() const { return padded(n_keys) / kPanel; }
-  int value_panels() const { return padded(width) / kPanel; }
+  int key_step() const { return padded(n_keys); }
+  int value_step() const { return heads * padded(width); }
 };
 
 inline int64_t key_floats(int heads, int width, int n_keys) { return int64_t{1} * heads * width * padded(n_keys); }
 inline int64_t value_floats(int heads, int width, int n_keys) { return int64_t{1} * heads * padded(width) * n_keys; }
 
 // What `attend` needs beside its arguments.
-inline int64_t attend_floats(int heads, int n_keys) { return int64_t{1} * heads * (padded(n_keys) + 1); }
+inline int64_t attend_floats(int heads, int n_keys) { return int64_t{1} * heads * padded(n_keys) + 4 * padded(heads); }
 
 namespace FASTDIFF_LEVEL {
 
-// Zeros in the lanes of the last panels that no key is put into: they are read, and weigh nothing.
-inline void clear_key_tails(const KeyPanels& panels) {
-  const int n_panels = panels.key_panels();
-  for (int head = 0; head < panels.heads; head++) {
-    float* last = panels.keys + (static_cast<int64_t>(head + 1) * n_panels - 1) * panels.width * kPanel;
-    for (int i = 0; i < panels.width * kPanel; i++) last[i] = 0.0f;
+// Zeros at the places of keys `first` .. padded(n_keys) - 1: they are read, and weigh nothing.
+inline void clear_keys(const KeyValues& cache, int first) {
+  for (int row = 0; row < cache.heads * cache.width; row++) {
+    float* keys = cache.keys + static_cast<int64_t>(row) * cache.key_step();
+    for (int at = first; at < cache.key_step(); at++) keys[at] = 0.0f;
   }
 }
 
-// Key number `at` and its value, both [heads * width].
-inline void put_key(const KeyPanels& panels, int at, const float* key, const float* value) {
-  const int width = panels.width, n_panels = panels.key_panels();
-  float* to = panels.keys + static_cast<int64_t>(at / kPanel) * width * kPanel + at % kPanel;
-  for (int head = 0; head < panels.heads; head++) {
-    float* of_head = to + static_cast<int64_t>(head) * n_panels * width * kPanel;
-    for (int d = 0; d < width; d++) of_head[static_cast<int64_t>(d) * kPanel] = key[head * width + d];
+// Keys number first .. first + n - 1 and their values, each [heads * width], the rows `step` floats apart.
+inline void put_keys(const KeyValues& cache, int first, int n, const float* key, const float* value, int64_t step) {
+  const int heads = cache.heads, width = cache.width, to_step = cache.key_step(), wide = padded(width);
+  for (int done = 0; done < n; done += kPanel) {  // so many rows stay in the nearest cache while they are turned
+    const int some = n - done < kPanel ? n - done : kPanel;
+    for (int row = 0; row < heads * width; row++) {
+      float* to = cache.keys + static_cast<int64_t>(row) * to_step + first + done;
+      const float* from = key + done * step + row;
+      for (int at = 0; at < some; at++) to[at] = from[at * step];
+    }
   }
-  float* of_panel = panels.values + static_cast<int64_t>(at) * kPanel;
-  for (int head = 0; head < panels.heads; head++) {
-    for (int d = 0; d < width; d += kPanel, of_panel += static_cast<int64_t>(panels.n_keys) * kPanel) {
-      const int n = width - d < kPanel ? width - d : kPanel;
-      for (int i = 0; i < n; i++) of_panel[i] = value[head * width + d + i];
-      for (int i = n; i < kPanel; i++) of_panel[i] = 0.0f;
+  for (int at = 0; at < n; at++) {
+    float* to = cache.values + static_cast<int64_t>(first + at) * cache.value_step();
+    const float* from = value + at * step;
+    for (int head = 0; head < heads; head++, to += wide, from += width) {
+      for (int d = 0; d < width; d++) to[d] = from[d];
+      for (int d = width; d < wide; d++) to[d] = 0.0f;
     }
   }
 }
 
-// sums[v] = sum_p weights[v][p] values[v][p] for G vectors of values, each with its head's weights.
-template <int G>
-FASTDIFF_INLINE void gather_vectors(const float* const* weights, const float* const* values, int n_keys, Vec* sums) {
-  Vec total[G];
-  for (int g = 0; g < G; g++) total[g] = zero();
-  for (int p = 0; p < n_keys; p++) {
-    for (int g = 0; g < G; g++) total[g] = fma(set1(weights[g][p]), load(values[g] + p * kPanel), total[g]);
-  }
-  for (int g = 0; g < G; g++) sums[g] = total[g];
+// e^x of a score below the largest, x <= 0. What is under e^-87 counts as 0: a processor takes a hundred cycles to make
+// a subnormal number.
+FASTDIFF_INLINE Vec weight_of(Vec x) {
+  const Vec lowest = set1(-87.0f), y = max(lowest, x);
+  const Vec n = round(y * set1(1.44269504f));
+  Vec r = fma(n, set1(-0.693359375f), y);  // ln 2 in two parts
+  r = fma(n, set1(2.12194440e-4f), r);
+  Vec p = set1(1.39517186e-3f);
+  p = fma(p, r, set1(8.36959854e-3f));
+  p = fma(p, r, set1(4.16661873e-2f));
+  p = fma(p, r, set1(1.66665122e-1f));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r * r, r) + set1(1.0f);
+  return select(greater(lowest, x), zero(), p * power_of_two(n));
 }
 
-FASTDIFF_INLINE float largest(Vec a) {
-  alignas(64) float lane[kLanes];
-  store(lane, a);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; i++) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+// scores[h][..] = bias + sum_d query[h][d] key[h][d][..] for HG heads and V vectors of keys.
+template <int HG, int V>
+FASTDIFF_INLINE void score_block(const float* query, const float* keys, int width, int step, const float* bias,
+                                 float* scores) {
+  Vec sums[HG][V];
+  for (int h = 0; h < HG; h++) {
+    for (int v = 0; v < V; v++) sums[h][v] = load(bias + v * kLanes);
   }
-  return lane[0];
+  const float* at = keys;
+  for (int d = 0; d < width; d++, at += step) {
+    for (int h = 0; h < HG; h++) {
+      const Vec by = set1(query[h * width + d]);
+      for (int v = 0; v < V; v++) {
+        sums[h][v] = fma(by, load(at + static_cast<int64_t>(h) * width * step + v * kLanes), sums[h][v]);
+      }
+    }
+  }
+  for (int h = 0; h < HG; h++) {
+    for (int v = 0; v < V; v++) store(scores + h * step + v * kLanes, sums[h][v]);
+  }
 }
 
-// gathered [heads * width] = softmax(query . key + bias) values over the first `seen` keys, at least one.
+template <int V>
+inline void score_vectors(const KeyValues& cache, const float* query, int first, const float* bias, float* scores) {
+  constexpr int kHeads = V <= 2 ? 4 : 2;
+  const int step = cache.key_step(), width = cache.width;
+  const float* keys = cache.keys + first;
+  int head = 0;
+  for (; head + kHeads <= cache.heads; head += kHeads) {
+    score_block<kHeads, V>(query + head * width, keys + static_cast<int64_t>(head) * width * step, width, step,
+                           bias + first, scores + head * step + first);
+  }
+  for (; head < cache.heads; head++) {
+    score_block<1, V>(query + head * width, keys + static_cast<int64_t>(head) * width * step, width, step, bias + first,
+                      scores + head * step + first);
+  }
+}
+
+// gathered[h][..] = (sum_p weights[h][p] values[p][h][..] + own_weight own_value) share for HG heads, V vectors of each.
+template <int HG, int V>
+FASTDIFF_INLINE void gather_block(const KeyValues& cache, const float* weights, int seen, int head, int d,
+                                  const float* own_weights, const float* own_value, const float* shares,
+                                  float* gathered) {
+  const int step = cache.value_step(), wide = padded(cache.width), of_head = cache.key_step();
+  Vec sums[HG][V];
+  for (int h = 0; h < HG; h++) {
+    for (int v = 0; v < V; v++) sums[h][v] = zero();
+  }
+  const float* at = cache.values + head * wide + d;
+  for (int p = 0; p < seen; p++, at += step) {
+    for (int h = 0; h < HG; h++) {
+      const Vec by = set1(weights[(head + h) * of_head + p]);
+      for (int v = 0; v < V; v++) sums[h][v] = fma(by, load(at + h * wide + v * kLanes), sums[h][v]);
+    }
+  }
+  for (int h = 0; h < HG; h++) {
+    for (int v = 0; v < V; v++) {
+      const int from = d + v * kLanes, rest = cache.width - from, n = rest < kLanes ? rest : kLanes;
+      const int64_t place = static_cast<int64_t>(head + h) * cache.width + from;
+      Vec sum = sums[h][v];
+      if (own_value != nullptr) sum = fma(set1(own_weights[head + h]), load_n(own_value + place, n), sum);
+      store_n(gathered + place, sum * set1(shares[head + h]), n);
+    }
+  }
+}
+
+// gathered [heads * width] = softmax(query . key + bias) values over the first `seen` keys and, where own_key is given,
+// over one more key after them, whose bias is 0; one key at least.
 //
-// query    [heads * width], holding its scale; with `even` it counts as 0, so that the bias alone weighs the keys
-// bias     [padded(seen)] added to the scores, -inf for a key that is not there
-// room     attend_floats(heads, n_keys)
-inline void attend(const KeyPanels& panels, const float* query, bool even, const float* bias, int seen, float* gathered,
-                   float* room) {
-  const int heads = panels.heads, width = panels.width, n_panels = panels.key_panels(), step = padded(panels.n_keys);
-  const int whole = padded(seen), last = seen / kLanes * kLanes;
-  float* const shares = room + static_cast<int64_t>(heads) * step;
-  for (int head = 0; head < heads; head++) {
-    float* scores = room + static_cast<int64_t>(head) * step;
-    if (even) {
-      for (int at = 0; at < whole; at += kLanes) store(scores + at, load(bias + at));
-    } else {
-      const Linear keys = {panels.keys + static_cast<int64_t>(head) * n_panels * width * kPanel, bias, width, seen};
-      linear_rows<1>(keys, query + head * width, 0, scores, 0, 0, whole / kLanes, false);
+// query      [heads * width], holding its scale; with `even` all scores count as 0, so that the bias alone weighs
+// bias       [padded(seen)] added to the scores, -inf for a key that is not there
+// own_key    [heads * width] or null        own_value  likewise
+// room       attend_floats(heads, n_keys)
+inline void attend(const KeyValues& cache, const float* query, bool even, const float* bias, int seen,
+                   const float* own_key, const float* own_value, float* gathered, float* room) {
+  const int heads = cache.heads, width = cache.width, step = cache.key_step(), whole = padded(seen);
+  float* const scores = room;
+  float* const own = scores + static_cast<int64_t>(heads) * step;  // the own key's scores, then its weights
+  float* const tops = own + padded(heads);
+  float* const totals = tops + padded(heads);
+  float* const shares = totals + padded(heads);
+  int at = 0;
+  if (even) {
+    for (; at < whole; at += kLanes) {
+      for (int head = 0; head < heads; head++) store(scores + head * step + at, load(bias + at));
     }
   }
+  const int needed = (seen + kLanes - 1) / kLanes * kLanes;
+  for (; at + 4 * kLanes <= needed; at += 4 * kLanes) score_vectors<4>(cache, query, at, bias, scores);
+  if (at + 3 * kLanes == needed) score_vectors<3>(cache, query, at, bias, scores), at += 3 * kLanes;
+  for (; at + 2 * kLanes <= needed; at += 2 * kLanes) score_vectors<2>(cache, query, at, bias, scores);
+  for (; at < needed; at += kLanes) score_vectors<1>(cache, query, at, bias, scores);
+
   for (int head = 0; head < heads; head++) {
-    float* scores = room + static_cast<int64_t>(head) * step;
-    for (int at = last; at < whole; at += kLanes) {
-      const int n = seen - at > 0 ? seen - at : 0;
-      store(scores + at, select(first_n(n), load(scores + at), set1(-__builtin_inff())));
+    const int64_t place = static_cast<int64_t>(head) * width;
+    Vec product = zero();
+    for (int d = 0; own_key != nullptr && d < width; d += kLanes) {
+      const int n = width - d < kLanes ? width - d : kLanes;
+      product = fma(load_n(query + place + d, n), load_n(own_key + place + d, n), product);
     }
-    Vec high = load(scores);
-    for (int at = kLanes; at < whole; at += kLanes) high = max(high, load(scores + at));
-    const Vec top = set1(largest(high));
+    own[head] = own_key == nullptr ? -__builtin_inff() : even ? 0.0f : sum(product);
+  }
+  const int last = seen / kLanes * kLanes;
+  const Mask seen_of_last = first_n(seen - last);
+  for (int head = 0; head < heads; head++) {
+    float* of_head = scores + static_cast<int64_t>(head) * step;
+    Vec high = set1(own[head]);
+    for (int p = 0; p < last; p += kLanes) high = max(high, load(of_head + p));
+    if (last < needed) {
+      const Vec masked = select(seen_of_last, load(of_head + last), set1(-__builtin_inff()));
+      store(of_head + last, masked);
+      high = max(high, masked);
+    }
+    tops[head] = largest(high);
+  }
+  for (int head = 0; head < heads; head++) {
+    float* of_head = scores + static_cast<int64_t>(head) * step;
+    const Vec top = set1(tops[head]);
     Vec total = zero();
-    for (int at = 0; at < whole; at += kLanes) {
-      const Vec weight = exp(load(scores + at) - top);
-      store(scores + at, weight);
+    for (int p = 0; p < needed; p += kLanes) {
+      const Vec weight = weight_of(load(of_head + p) - top);
+      store(of_head + p, weight);
       total = total + weight;
     }
-    shares[head] = 1.0f / sum(total);
+    totals[head] = sum(total);
   }
-  constexpr int kGroup = 8;
-  const int vecs_per_head = (width + kLanes - 1) / kLanes, n_vecs = heads * vecs_per_head;
-  for (int first = 0; first < n_vecs; first += kGroup) {
-    const float* weights[kGroup];
-    const float* values[kGroup];
-    Vec sums[kGroup];
-    const int group = n_vecs - first < kGroup ? n_vecs - first : kGroup;
-    for (int g = 0; g < group; g++) {
-      const int head = (first + g) / vecs_per_head, d = (first + g) % vecs_per_head * kLanes;
-      const int64_t panel = static_cast<int64_t>(head) * panels.value_panels() + d / kPanel;
-      weights[g] = room + static_cast<int64_t>(head) * step;
-      values[g] = panels.values + panel * panels.n_keys * kPanel + d % kPanel;
+  for (int h = heads; h < padded(heads); h++) own[h] = tops[h] = totals[h] = 0.0f;
+  for (int h = 0; h < heads; h += kLanes) {
+    const Vec own_weight = weight_of(load(own + h) - load(tops + h));
+    store(own + h, own_weight);
+    store(shares + h, set1(1.0f) / (load(totals + h) + own_weight));
+  }
+
+  const int vectors = (width + kLanes - 1) / kLanes;
+  int head = 0;
+  if (vectors == 1) {
+    for (; head + 4 <= heads; head += 4) {
+      gather_block<4, 1>(cache, scores, seen, head, 0, own, own_value, shares, gathered);
     }
-    int done = 0;
-    if (group == kGroup) gather_vectors<kGroup>(weights, values, seen, sums), done = kGroup;
-    for (; done + 4 <= group; done += 4) gather_vectors<4>(weights + done, values + done, seen, sums + done);
-    for (; done < group; done++) gather_vectors<1>(weights + done, values + done, seen, sums + done);
-    for (int g = 0; g < group; g++) {
-      const int head = (first + g) / vecs_per_head, d = (first + g) % vecs_per_head * kLanes;
-      const int n = width - d < kLanes ? width - d : kLanes;
-      store_n(gathered + head * width + d, sums[g] * set1(shares[head]), n);
+  } else if (vectors == 2) {
+    for (; head + 4 <= heads; head += 4) {
+      gather_block<4, 2>(cache, scores, seen, head, 0, own, own_value, shares, gathered);
+    }
+  } else if (vectors == 4) {
+    for (; head + 2 <= heads; head += 2) {
+      gather_block<2, 4>(cache, scores, seen, head, 0, own, own_value, shares, gathered);
+    }
+  }
+  for (; head < heads; head++) {
+    int d = 0;
+    for (; d + 4 * kLanes <= width; d += 4 * kLanes) {
+      gather_block<1, 4>(cache, scores, seen, head, d, own, own_value, shares, gathered);
+    }
+    for (; d < width; d += kLanes) {
+      gather_block<1, 1>(cache, scores, seen, head, d, own, own_value, shares, gathered);
     }
   }
 }

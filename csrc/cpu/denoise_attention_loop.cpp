@@ -19,8 +19,8 @@ int64_t attention_loop_floats(const AttentionLoopArgs& args, int64_t first_row, 
     cache += key_floats(shape.heads, width, n_keys) + value_floats(shape.heads, width, n_keys);
   }
   const int64_t parts = 8 + 2 * (last_user - first_user + 1) * args.n_blocks * args.branches;
-  return rows * shape.step() + passes * (2 * shape.step() + shape.qkv_step()) +
-         finish_floats(shape, static_cast<int>(passes)) + attend_floats(shape.heads, most_keys) + shape.dim + 64 +
+  return rows * (shape.step() + shape.dim + 64) + passes * (2 * shape.step() + shape.qkv_step()) +
+         finish_floats(shape, static_cast<int>(passes)) + attend_floats(shape.heads, most_keys) +
          (last_user - first_user + 1) * padded(most_keys) + cache * args.n_blocks * args.branches + parts * kPanel;
 }
 

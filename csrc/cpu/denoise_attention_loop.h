@@ -34,7 +34,7 @@ struct AttentionLoopArgs {
   bool normalize;
 
   int64_t slots() const { return starts[users]; }
-  int keys_of(int64_t user) const { return static_cast<int>(starts[user + 1] - starts[user]) + 2; }  // the pad, its own
+  int keys_of(int64_t user) const { return static_cast<int>(starts[user + 1] - starts[user]) + 1; }  // and the pad's
 };
 
 // A task is a few rows, all their steps. rows_per_task of them fill one register block of the linear layers.

@@ -40,10 +40,10 @@ void denoise_attention_loop(const AttentionLoopArgs& args, int64_t first_row, in
   float* const qkv = parts.take(static_cast<int64_t>(passes) * qkv_step);
   float* const finish_room = parts.take(finish_floats(shape, passes));
   float* const attend_room = parts.take(attend_floats(shape.heads, most_keys));
-  float* const draw = parts.take(padded_normals(dim));
+  float* const draw = parts.take(static_cast<int64_t>(rows) * padded_normals(dim));
   float* const bias = parts.take(static_cast<int64_t>(users) * padded(most_keys));
 
-  // the keys and values of each layer, branch and user, the pad in front; the last place is the row's own
+  // the keys and values of each layer, branch and user, the pad in front
   float* const cache = parts.at;
   for (int layer = 0; layer < args.n_blocks; layer++) {
     for (int branch = 0; branch < args.branches; branch++) {
@@ -53,11 +53,11 @@ void denoise_attention_loop(const AttentionLoopArgs& args, int64_t first_row, in
         const int n_keys = args.keys_of(user);
         float* const keys = parts.take(key_floats(shape.heads, width, n_keys));
         float* const values = parts.take(value_floats(shape.heads, width, n_keys));
-        const KeyPanels panels = {keys, values, shape.heads, width, n_keys};
-        clear_key_tails(panels);
-        put_key(panels, 0, pad, pad + dim);
+        const KeyValues cached = {keys, values, shape.heads, width, n_keys};
+        clear_keys(cached, n_keys);
+        put_keys(cached, 0, 1, pad, pad + dim, 0);
         const float* row = args.keys_values + (pass * args.slots() + args.starts[user]) * 2 * dim;
-        for (int at = 1; at < n_keys - 1; at++, row += 2 * dim) put_key(panels, at, row, row + dim);
+        put_keys(cached, 1, n_keys - 1, row, row + dim, 2 * dim);
       }
     }
   }
@@ -92,14 +92,14 @@ void denoise_attention_loop(const AttentionLoopArgs& args, int64_t first_row, in
           float* const keys = of_user.take(key_floats(shape.heads, width, n_keys));
           float* const values = of_user.take(value_floats(shape.heads, width, n_keys));
           at = of_user.at;
-          const KeyPanels panels = {keys, values, shape.heads, width, n_keys};
+          const KeyValues cached = {keys, values, shape.heads, width, n_keys};
           const bool even = args.uniform != nullptr && args.uniform[user];
           const float* of_bias = bias + (user - first_user) * padded(most_keys);
           for (; row < rows && (first_row + row) / args.samples == user; row++) {
             const int pass = branch * rows + row;
             const float* projected = qkv + pass * qkv_step;
-            put_key(panels, n_keys - 1, projected + dim, projected + 2 * dim);
-            attend(panels, projected, even, of_bias, n_keys, gathered + pass * step, attend_room);
+            attend(cached, projected, even, of_bias, n_keys, projected + dim, projected + 2 * dim,
+                   gathered + pass * step, attend_room);
           }
         }
       }
@@ -114,14 +114,14 @@ void denoise_attention_loop(const AttentionLoopArgs& args, int64_t first_row, in
     }
     const float c_out = static_cast<float>(args.coef[3 * i]), c_xt = static_cast<float>(args.coef[3 * i + 1]);
     const float c_noise = static_cast<float>(args.coef[3 * i + 2]);
+    if (c_noise != 0.0f && args.row_key != nullptr) {
+      fill_normals(philox, args.row_key + first_row, args.sample + first_row, rows, static_cast<uint32_t>(1 + i), 1, 0, dim,
+                   draw, padded_normals(dim));
+    }
     for (int row = 0; row < rows; row++) {
-      const int64_t of = first_row + row;
-      const float* noise = draw;
-      if (c_noise != 0.0f && args.row_key != nullptr) {
-        fill_normals(philox, static_cast<uint64_t>(args.row_key[of]), static_cast<uint32_t>(args.sample[of]),
-                       static_cast<uint32_t>(1 + i), 0, dim, draw);
-      } else if (c_noise != 0.0f) {
-        noise = args.noise + (static_cast<int64_t>(i) * args.rows + of) * dim;
+      const float* noise = draw + row * padded_normals(dim);
+      if (c_noise != 0.0f && args.row_key == nullptr) {
+        noise = args.noise + (static_cast<int64_t>(i) * args.rows + first_row + row) * dim;
       }
       update_row(h + row * step, x + row * step, noise, x + row * step, dim, c_out, c_xt, c_noise, args.normalize);
     }

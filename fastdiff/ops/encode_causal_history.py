@@ -64,4 +64,8 @@ def encode_causal_history_ref(
     return hidden[:0], torch.where((lengths > 0).unsqueeze(1), output, pads.output)
 
 
-encode_causal_history = Op("encode_causal_history", encode_causal_history_ref)
+encode_causal_history = Op(
+    "encode_causal_history",
+    encode_causal_history_ref,
+    {"cpu": "fastdiff.ops.cpu.encode_causal_history:encode_causal_history"},
+)

@@ -29,28 +29,6 @@ def _denoise_attention_loop(x_t: Tensor, *_: object) -> Tensor:
     return x_t.new_empty(x_t.shape)
 
 
-@torch.library.register_fake("fastdiff::encode_padded_history")
-def _encode_padded_history(items: Tensor, lengths: Tensor, item_table: Tensor, *_: object) -> Tensor:
-    return item_table.new_empty((items.shape[0], item_table.shape[1]))
-
-
-@torch.library.register_fake("fastdiff::decode_context")
-def _decode_context(
-    context: Tensor,
-    weights: Tensor,
-    heads: int,
-    coupled: bool,
-    gelu: bool,
-    eps: float,
-    cross: Tensor,
-    coef: Tensor,
-    normalize: bool,
-    num_samples: int,
-    *_: object,
-) -> Tensor:
-    return context.new_empty((context.shape[0] * num_samples, context.shape[1]))
-
-
 @torch.library.register_fake("fastdiff::denoise_mlp_loop")
 def _denoise_mlp_loop(
     x_t: Tensor | None, weights: Tensor, widths: list[int], activation: int, norm_eps: float, cond: Tensor, *_: object
@@ -91,3 +69,62 @@ def _decode_context(
     *_: object,
 ) -> Tensor:
     return context.new_empty((context.shape[0] * num_samples, context.shape[1]))
+
+
+@torch.library.register_fake("fastdiff::encode_causal_history")
+def _encode_causal_history(
+    items: Tensor,
+    lengths: Tensor,
+    item_table: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_eps: float,
+    blocks: list[Tensor],
+    hidden: int,
+    heads: int,
+    eps: float,
+    pads: Tensor,
+    pad_output: Tensor,
+    window: int,
+    only_last: bool,
+) -> tuple[Tensor, Tensor]:
+    dim = item_table.shape[1]
+    rows = 0 if only_last else torch.library.get_ctx().new_dynamic_size()
+    return item_table.new_empty(rows, dim), item_table.new_empty(items.shape[0], dim)
+
+
+@torch.library.register_fake("fastdiff::prepare_causal_prefix")
+def _prepare_causal_prefix(
+    condition: Tensor,
+    items: Tensor,
+    lengths: Tensor,
+    item_table: Tensor,
+    input_scale: float,
+    normalize: bool,
+    time: Tensor,
+    blocks: list[Tensor],
+    hidden: int,
+    heads: int,
+    eps: float,
+    pads: Tensor,
+    window: int,
+    guided: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    slots = torch.library.get_ctx().new_dynamic_size()
+    shape = (len(blocks), 2 if guided else 1, slots, 2 * item_table.shape[1])
+    return item_table.new_empty(shape), torch.empty_like(lengths), item_table.new_empty(lengths.shape)
+
+
+@torch.library.register_fake("fastdiff::encode_last_item")
+def _encode_last_item(items: Tensor, lengths: Tensor, item_table: Tensor, *_: object) -> Tensor:
+    return item_table.new_empty((items.shape[0], item_table.shape[1]))
+
+
+@torch.library.register_fake("fastdiff::row_linear")
+def _row_linear(x: Tensor, weights: Tensor, n_out: int) -> Tensor:
+    return x.new_empty((x.shape[0], n_out))
+
+
+@torch.library.register_fake("fastdiff::sample_affine")
+def _sample_affine(cond: Tensor, *_: object) -> Tensor:
+    return cond.new_empty(cond.shape)
