@@ -39,6 +39,7 @@ from fastdiff.histories import ArrayLike, parse_histories
 from fastdiff.models import model_class
 from fastdiff.models.base import Histories, Model, OnStep
 from fastdiff.ops.score_topk import score_topk
+from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
 from fastdiff.stopwatch import Stopwatch
 
@@ -101,6 +102,7 @@ class Engine:
         self.backends = {name: op.backend for name, op in model.bound.items()} | {"score_topk": self._topk_op.backend}
         self._lock = threading.Lock()
         self._closed_forms: dict[tuple[bytes, bytes], ClosedForm] = {}
+        self._form_of_plan: PerObject[ClosedForm] = PerObject()
         self._history_table: tuple[ItemCatalog, Tensor] | None = None
         self._default_sampler: tuple[GenerationConfig, tuple[StepPlan, bool]] | None = None
         if generation_config.scheduler == "closed_form":  # a chain that cannot be collapsed is refused at load
@@ -268,7 +270,7 @@ class Engine:
         state = self.model.repeat(state, n_samples) if n_samples > 1 else state
         if closed:
             form, affine = self._closed_form(state, plan)
-            x_0 = form.sample(affine.cond, draws.draw(0))
+            x_0 = self.model.bound["sample_affine"](form, affine.cond, draws)
         elif show_progress:
             with _progress(plan, callback_on_step_end) as on_step:
                 x_0 = self.model.sample(state, plan, draws, on_step)
@@ -359,13 +361,17 @@ class Engine:
                 f"generate: scheduler='closed_form' needs a linear denoiser, and this {self.config.method} model's is "
                 "not linear; use another scheduler"
             )
+        return self._form_of_plan.get(plan, lambda plan: self._collapse(plan, affine)), affine
+
+    def _collapse(self, plan: StepPlan, affine: AffineDenoiser) -> ClosedForm:
+        """The closed form of a plan that this engine has not seen as an object: another one may have been equal."""
         key = (plan.timesteps.numpy().tobytes(), plan.coef.numpy().tobytes())
         with self._lock:
             if key not in self._closed_forms:
                 if len(self._closed_forms) >= 16:
                     self._closed_forms.pop(next(iter(self._closed_forms)))
                 self._closed_forms[key] = collapse(plan, affine.w_x, affine.time)
-            return self._closed_forms[key], affine
+            return self._closed_forms[key]
 
     def _empty(
         self, catalog: ItemCatalog, settings: Settings, seed: int | None, embeddings: bool, watch: Stopwatch

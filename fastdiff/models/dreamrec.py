@@ -30,7 +30,6 @@ Weights: the authors' names. s_fc, emb_mlp and diff_mlp are in their checkpoints
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,12 +43,16 @@ from fastdiff.models.base import Histories, Model, OnStep, Weights
 from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref, guided
+from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
+from fastdiff.ops.encode_last_item import LastItemBlock, encode_last_item
 from fastdiff.ops.philox_normals import philox_normals
+from fastdiff.ops.row_linear import LinearWeights, row_linear
+from fastdiff.ops.sample_affine import sample_affine
 from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
 
-_EPS = 1e-5
+_KEPT_SCALES = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class DreamRecState:
 class DreamRec(Model[Tensor, DreamRecState]):
     """The condition is h `[B, D]`."""
 
-    ops = (sampler_step, philox_normals, denoise_mlp_loop)
+    ops = (sampler_step, philox_normals, encode_last_item, row_linear, denoise_mlp_loop, sample_affine)
     item_table_key = "item_embeddings.weight"
 
     config: DreamRecConfig
@@ -78,7 +81,9 @@ class DreamRec(Model[Tensor, DreamRecState]):
         super().__init__(config, weights, bound)
         dim = config.hidden_size
         first = weights["diffuser.0.weight"]
-        self._w_h, w_t = first[:, dim : 2 * dim].contiguous(), first[:, 2 * dim :]
+        w_t = first[:, 2 * dim :]
+        self._first = LinearWeights(first[:, dim : 2 * dim].contiguous(), weights["diffuser.0.bias"])
+        self._guided: dict[float, LinearWeights] = {}
         layers: tuple[tuple[Tensor, Tensor], ...] = ()
         if config.denoiser == "mlp2":
             layers = ((weights["diffuser.2.weight"], weights["diffuser.2.bias"]),)
@@ -86,10 +91,24 @@ class DreamRec(Model[Tensor, DreamRecState]):
         # one row more than the chain has steps: the shifted grids of TDM and PreferDiff feed T itself
         timesteps = torch.arange(config.schedule.num_train_timesteps + 1, device=self.device)
         self._time_table = self._embed_time(timesteps) @ w_t.T
-        # q . (W_k e_j) = (W_k^T q) . e_j, and the logits' 1 / sqrt(D) goes with it
-        scaled_k = weights["mh_attn.linear_k.weight"] / math.sqrt(dim)
-        self._w_qk = scaled_k.T @ weights["mh_attn.linear_q.weight"]
-        self._b_qk = scaled_k.T @ weights["mh_attn.linear_q.bias"]
+        self._times: PerObject[Tensor] = PerObject()
+
+        def layer(name: str) -> tuple[Tensor, Tensor]:
+            weight = weights[f"{name}.weight"]
+            return (weight.squeeze(-1) if weight.ndim == 3 else weight), weights[f"{name}.bias"]
+
+        self._block = LastItemBlock(
+            weights["positional_embeddings.weight"],
+            LastItemBlock.fold_key(layer("mh_attn.linear_q"), weights["mh_attn.linear_k.weight"]),
+            layer("mh_attn.linear_v"),
+            layer("feed_forward.w_1"),
+            layer("feed_forward.w_2"),
+            layer("ln_1"),
+            layer("ln_2"),
+            layer("feed_forward.layer_norm"),
+            layer("ln_3"),
+            config.pad_id,
+        )
 
     @classmethod
     def weight_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
@@ -121,53 +140,20 @@ class DreamRec(Model[Tensor, DreamRecState]):
 
     def encode(self, histories: Histories, item_table: Tensor) -> Tensor:
         """h `[B, D]`, the last row of the transformer block."""
-        w = self.weights
-        items, lengths = self._with_a_place(histories)
-        places = torch.arange(items.shape[1], device=items.device)
-        inside = (places < lengths[:, None]) & (items != self.config.pad_id)
-        e = (item_table[items] + w["positional_embeddings.weight"][places]) * inside[..., None]
-
-        rows, last = torch.arange(items.shape[0], device=items.device), (lengths - 1).clamp(min=0)
-        query = self._norm("ln_1", e[rows, last])
-        y = query + self._attend(query, e, places <= last[:, None])
-        z = self._norm("ln_2", y)
-        hidden = F.relu(F.linear(z, w["feed_forward.w_1.weight"].squeeze(-1), w["feed_forward.w_1.bias"]))
-        hidden = F.linear(hidden, w["feed_forward.w_2.weight"].squeeze(-1), w["feed_forward.w_2.bias"])
-        out = self._norm("feed_forward.layer_norm", hidden + z) * inside[rows, last][:, None]
-        return self._norm("ln_3", out)
-
-    def _with_a_place(self, histories: Histories) -> tuple[Tensor, Tensor]:
-        """A batch of empty histories has no columns; the block wants at least one."""
-        if histories.items.shape[1] > 0:
-            return histories.items, histories.lengths
-        pad = torch.full_like(histories.lengths, self.config.pad_id)
-        return pad[:, None], histories.lengths
-
-    def _attend(self, query: Tensor, e: Tensor, visible: Tensor) -> Tensor:
-        """Attention of one query `[B, D]` per user over those of its places e `[B, n, D]` that are `visible [B, n]`."""
-        w = self.weights
-        logits = torch.einsum("bd,bnd->bn", F.linear(query, self._w_qk, self._b_qk), e)
-        allowed = visible & _has_features(e)
-        weights = torch.softmax(logits.masked_fill(~allowed, torch.finfo(logits.dtype).min), dim=-1)
-        # with no key left, each of all L places weighs the same; those beyond the n given are zero rows
-        weights = torch.where(allowed.any(dim=-1, keepdim=True), weights, 1.0 / self.config.max_seq_len)
-        mixed = torch.einsum("bn,bnd->bd", weights, e)
-        values = F.linear(mixed, w["mh_attn.linear_v.weight"], w["mh_attn.linear_v.bias"])
-        return values * _has_features(query)[:, None]
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], _EPS)
+        h: Tensor = self.bound["encode_last_item"](histories.items, histories.lengths, item_table, self._block)
+        return h
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     def prepare(self, condition: Tensor, plan: StepPlan, guidance_scale: float) -> DreamRecState:
-        null = self.weights["none_embedding.weight"]
-        uncond = None
-        if guidance_scale != 1.0 and self.mlp.layers:
-            uncond = self._first_layer(null)
-        elif guidance_scale != 1.0:
-            condition = guided(null, condition, guidance_scale)
-        return DreamRecState(self._first_layer(condition), uncond, guidance_scale, self._time(plan))
+        linear = self.bound["row_linear"]
+        time = self._times.get(plan, self._time)
+        if guidance_scale == 1.0:
+            return DreamRecState(linear(condition, self._first), None, 1.0, time)
+        if self.mlp.layers:
+            uncond = linear(self.weights["none_embedding.weight"], self._first)
+            return DreamRecState(linear(condition, self._first), uncond, guidance_scale, time)
+        return DreamRecState(linear(condition, self._guided_first(guidance_scale)), None, guidance_scale, time)
 
     def repeat(self, state: DreamRecState, num_samples: int) -> DreamRecState:
         return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
@@ -180,7 +166,7 @@ class DreamRec(Model[Tensor, DreamRecState]):
         if on_step is not None:
             return super().sample(state, plan, noise, on_step)
         x_0: Tensor = self.bound["denoise_mlp_loop"](
-            self.start(noise),
+            None,  # x_T is the noise's draw 0
             self.mlp,
             state.cond,
             state.uncond,
@@ -197,8 +183,18 @@ class DreamRec(Model[Tensor, DreamRecState]):
             return None
         return AffineDenoiser(self.mlp.w_in, state.cond, state.time)
 
-    def _first_layer(self, condition: Tensor) -> Tensor:
-        return F.linear(condition, self._w_h, self.weights["diffuser.0.bias"])
+    def _guided_first(self, guidance_scale: float) -> LinearWeights:
+        """The first layer's share of h where guidance is folded into it: W_h (null + g (h - null)) + b."""
+        if guidance_scale not in self._guided:
+            if len(self._guided) >= _KEPT_SCALES:
+                self._guided.clear()
+            weight, bias, null = (
+                part.double()
+                for part in (self._first.weight, self._first.bias, self.weights["none_embedding.weight"][0])
+            )
+            folded = LinearWeights(guidance_scale * weight, bias + (1.0 - guidance_scale) * (weight @ null))
+            self._guided[guidance_scale] = LinearWeights(folded.weight.to(self.dtype), folded.bias.to(self.dtype))
+        return self._guided[guidance_scale]
 
     def _time(self, plan: StepPlan) -> Tensor:
         """W_t tau(t) `[S, H]` of the timesteps of a plan."""
@@ -210,13 +206,3 @@ class DreamRec(Model[Tensor, DreamRecState]):
         tau = sinusoidal_embedding(timesteps, self.config.hidden_size, "sin_cos", "half_minus_one").to(self.dtype)
         tau = F.gelu(F.linear(tau, w["step_mlp.1.weight"], w["step_mlp.1.bias"]))
         return F.linear(tau, w["step_mlp.3.weight"], w["step_mlp.3.bias"])
-
-
-def _has_features(x: Tensor) -> Tensor:
-    """False where the authors' masks strike: the features of a row sum to exactly 0.
-
-    Sums of half-precision numbers do so by chance, which would drop real items: there, only rows of zeros count.
-    """
-    if x.dtype in (torch.float32, torch.float64):
-        return x.sum(dim=-1) != 0
-    return (x != 0).any(dim=-1)

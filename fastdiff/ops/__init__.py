@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 _NAMES = (
     "sampler_step",
     "philox_normals",
+    "row_linear",
+    "encode_last_item",
     "denoise_mlp_loop",
+    "sample_affine",
     "encode_causal_history",
     "prepare_causal_prefix",
     "denoise_attention_loop",

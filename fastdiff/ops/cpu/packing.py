@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.per_object import PerObject
+
 PANEL = 16
 """Outputs that stand side by side in a packed layer, at every CPU level."""
 
 Owner = TypeVar("Owner")
 Packed = TypeVar("Packed")
 
-_made: dict[tuple[int, Callable[[Any], Any]], tuple[weakref.ref[Any], Any]] = {}
+_made: dict[Callable[[Any], Any], PerObject[Any]] = {}
 
 
 def packed(owner: Owner, make: Callable[[Owner], Packed]) -> Packed:
@@ -24,21 +25,11 @@ def packed(owner: Owner, make: Callable[[Owner], Packed]) -> Packed:
 
     make  a function of a module, since it is part of the key. Two threads may both make one; either result serves
     """
-    key = (id(owner), make)
-    entry = _made.get(key)
-    if entry is not None and entry[0]() is owner:
-        kept: Packed = entry[1]
-        return kept
-    made = make(owner)
-    _made[key] = (weakref.ref(owner, lambda dead: _forget(key, dead)), made)
-    return made
-
-
-def _forget(key: tuple[int, Callable[[Any], Any]], dead: weakref.ref[Any]) -> None:
-    """Drop an entry, unless another object has taken the address in the meantime."""
-    entry = _made.get(key)
-    if entry is not None and entry[0] is dead:
-        _made.pop(key, None)
+    cache = _made.get(make)
+    if cache is None:
+        cache = _made.setdefault(make, PerObject())
+    kept: Packed = cache.get(owner, make)
+    return kept
 
 
 def padded(n: int) -> int:

@@ -1,0 +1,38 @@
+"""What is worked out once for an object and kept as long as the object lives."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+Owner = TypeVar("Owner")
+Made = TypeVar("Made")
+
+
+class PerObject(Generic[Made]):
+    """Values by object, told apart by identity; an object must not change afterwards. Not pickled: copies start empty.
+
+    Safe to use from several threads: two that come first may both make a value, and either serves.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Any], Made]] = {}
+
+    def get(self, owner: Owner, make: Callable[[Owner], Made]) -> Made:
+        """The value of `owner`; make(owner) the first time."""
+        entry = self._entries.get(id(owner))
+        if entry is not None and entry[0]() is owner:
+            return entry[1]
+        made, key, entries = make(owner), id(owner), self._entries
+
+        def forget(dead: weakref.ref[Any]) -> None:
+            now = entries.get(key)
+            if now is not None and now[0] is dead:  # another object may have taken the address in the meantime
+                entries.pop(key, None)
+
+        entries[key] = (weakref.ref(owner, forget), made)
+        return made
+
+    def __reduce__(self) -> tuple[type[PerObject[Made]], tuple[()]]:
+        return PerObject, ()
