@@ -1,5 +1,5 @@
-// Attention of several queries at once over the same keys, head by head, as two packed linear layers: scores = Q K^T, and
-// what is gathered = weights V. A query's result does not depend on the queries beside it.
+// Attention of several queries at once over the same keys, head by head, as two packed linear layers: scores = Q K^T,
+// and what is gathered = weights V. A query's result does not depend on the queries beside it.
 #pragma once
 
 #include "linear.h"
@@ -46,8 +46,8 @@ inline void put_key(const KeyPanels& panels, int at, const float* key, const flo
   }
 }
 
-// scores = softmax of the first `seen`, at least one, and 0 up to the next whole panel. A NaN makes NaN of all. Weights under e^-87 count as 0: a
-// processor takes a hundred cycles to make a subnormal number.
+// scores = softmax of the first `seen`, at least one, and 0 up to the next whole panel. A NaN makes NaN of all. Weights
+// under e^-87 count as 0: a processor takes a hundred cycles to make a subnormal number.
 inline void softmax_row(float* scores, int seen) {
   const int whole = padded(seen);
   for (int at = seen / kLanes * kLanes; at < whole; at += kLanes) {

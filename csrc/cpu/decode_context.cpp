@@ -1,32 +1,25 @@
 #include "decode_context.h"
 
 #include "../tensors.h"
-#include "batch_attention.h"
 #include "packed_layers.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
 namespace fastdiff {
-
-int64_t context_floats(const ContextArgs& args) {
-  const int64_t step = padded(args.dim);
-  const int64_t scores = args.coupled ? padded(static_cast<int>(args.users)) : 0;
-  return kContextUsers * (5 * step + kPanel + scores) + step + 64 + 8 * kPanel;
-}
-
 namespace {
 
 Tensor decode_context(const Tensor& context, const Tensor& weights, int64_t heads, bool coupled, bool gelu, double eps,
-                      const Tensor& cross, const Tensor& coef, bool normalize, int64_t num_samples, const MaybeTensor& x_t,
-                      const MaybeTensor& noise, int64_t first_draw, int64_t seed, const MaybeTensor& row_key,
-                      const MaybeTensor& sample) {
+                      const Tensor& cross, const Tensor& coef, bool normalize, int64_t num_samples,
+                      const MaybeTensor& x_t, const MaybeTensor& noise, int64_t first_draw, int64_t seed,
+                      const MaybeTensor& row_key, const MaybeTensor& sample) {
   constexpr const char* op = "decode_context";
   const Tensor contexts = floats(op, "context", context, {-1, -1});
   const int64_t users = contexts.size(0), dim = contexts.size(1);
   FASTDIFF_CHECK(heads >= 1 && dim >= 1 && dim % heads == 0 && dim <= (1 << 16), op,
                  ": dim must be a multiple of heads (got ", dim, " and ", heads, ")");
   FASTDIFF_CHECK(num_samples >= 1, op, ": num_samples must be at least 1 (got ", num_samples, ")");
-  FASTDIFF_CHECK(!coupled || users < (1 << 24), op, ": a coupled batch must hold less than 2^24 users (got ", users, ")");
+  FASTDIFF_CHECK(!coupled || users < (1 << 24), op, ": a coupled batch must hold less than 2^24 users (got ", users,
+                 ")");
   const int64_t rows = users * num_samples, step = padded(static_cast<int>(dim));
   const int64_t wanted = packed_layer(dim, coupled ? 3 * dim : dim) + 3 * packed_layer(dim, dim) + 6 * step;
   const Tensor packed = floats(op, "weights", weights, {wanted});
@@ -80,14 +73,12 @@ Tensor decode_context(const Tensor& context, const Tensor& weights, int64_t head
     FASTDIFF_PICK(clear_context)(args);
     const auto project = FASTDIFF_PICK(project_context);
     // a cache line of the key panels holds 16 users: they belong to one task
-    parallel(threads, (users + kPanel - 1) / kPanel, [&](int64_t task) {
-      project(args, task * kPanel, std::min<int64_t>(users, (task + 1) * kPanel));
-    });
+    parallel(threads, (users + kPanel - 1) / kPanel,
+             [&](int64_t task) { project(args, task * kPanel, std::min<int64_t>(users, (task + 1) * kPanel)); });
   }
   const auto kernel = FASTDIFF_PICK(decode_context);
-  parallel(threads, tasks, [&](int64_t task) {
-    kernel(args, first_of(task), first_of(task + 1), scratch(context_floats(args)));
-  });
+  parallel(threads, tasks,
+           [&](int64_t task) { kernel(args, first_of(task), first_of(task + 1), scratch(context_floats(args))); });
   return x_0;
 }
 

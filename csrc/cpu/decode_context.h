@@ -1,15 +1,16 @@
-// All steps of a sampler whose denoiser reads the user's context and the step alone, on plain pointers. What the arguments
-// mean stands in fastdiff/ops/decode_context.py.
+// All steps of a sampler whose denoiser reads the user's context and the step alone, on plain pointers. What the
+// arguments mean stands in fastdiff/ops/decode_context.py.
 #pragma once
 
 #include <cstdint>
 
+#include "batch_attention.h"
 #include "levels.h"
 
 namespace fastdiff {
 
-// `weights` is one buffer: qkv (the queries hold the factor 1 / sqrt(D / H)) where the users are coupled, the values alone
-// where they are not; then out, norm_1, linear_1, linear_2, norm_2, norm_3.
+// `weights` is one buffer: qkv (the queries hold the factor 1 / sqrt(D / H)) where the users are coupled, the values
+// alone where they are not; then out, norm_1, linear_1, linear_2, norm_2, norm_3.
 struct ContextArgs {
   const float* weights;
   int dim, heads;
@@ -38,7 +39,10 @@ struct ContextArgs {
 constexpr int kContextUsers = 6;  // the most of one call
 
 // How many floats a call of decode_context needs.
-int64_t context_floats(const ContextArgs& args);
+inline int64_t context_floats(const ContextArgs& args) {
+  const int64_t step = padded(args.dim), scores = args.coupled ? padded(static_cast<int>(args.users)) : 0;
+  return kContextUsers * (5 * step + kPanel + scores) + step + 64 + 6 * kPanel;
+}
 
 // Zeros behind the last key, once per call.
 FASTDIFF_KERNEL(void, clear_context, (const ContextArgs&))

@@ -1,7 +1,6 @@
 // levels: baseline avx2 avx512
-#include "decode_context.h"
-
 #include "batch_attention.h"
+#include "decode_context.h"
 #include "packed_layers.h"
 #include "philox.h"
 #include "sampler_update.h"
@@ -70,8 +69,8 @@ void decode_context(const ContextArgs& args, int64_t first, int64_t last, float*
 
   const PhiloxKeys philox = philox_keys(args.seed);
   for (int i = 0; i < args.steps; i++) {
-    layer_norm_rows(attended, step, args.cross + int64_t{1} * i * dim, 0, n, dim, norm_2.weight, norm_2.bias, args.eps, x,
-                    step);
+    layer_norm_rows(attended, step, args.cross + int64_t{1} * i * dim, 0, n, dim, norm_2.weight, norm_2.bias, args.eps,
+                    x, step);
     feed_forward(linear_1, linear_2, norm_3, args.gelu, args.eps, x, step, n, hidden_room);
     const float c_out = static_cast<float>(args.coef[3 * i]), c_xt = static_cast<float>(args.coef[3 * i + 1]);
     const float c_noise = static_cast<float>(args.coef[3 * i + 2]);
@@ -85,8 +84,8 @@ void decode_context(const ContextArgs& args, int64_t first, int64_t last, float*
       } else if (c_noise != 0.0f) {
         noise = args.noise + (i * args.users * args.samples + row) * dim;
       }
-      update_row(output, i == 0 ? (args.x_t == nullptr ? output : args.x_t + row * dim) : to, noise, to, dim, c_out, c_xt,
-                 c_noise, args.normalize);
+      update_row(output, i == 0 ? (args.x_t == nullptr ? output : args.x_t + row * dim) : to, noise, to, dim, c_out,
+                 c_xt, c_noise, args.normalize);
     }
   }
 }

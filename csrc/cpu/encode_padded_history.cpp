@@ -1,23 +1,11 @@
 #include "encode_padded_history.h"
 
 #include "../tensors.h"
-#include "batch_attention.h"
 #include "packed_layers.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
 namespace fastdiff {
-
-int64_t padded_history_floats(const PaddedHistoryArgs& args, int64_t slots, int longest) {
-  const int64_t step = padded(args.dim), users = kPaddedUsers, hidden = padded(args.hidden), heads = args.heads;
-  const int width = args.dim / args.heads, chunk = 24;
-  const KeyPanels panels = {nullptr, nullptr, args.heads, width, longest};
-  const int64_t full = slots * (padded(3 * args.dim) + step + kPanel) + panels.key_floats() + panels.value_floats() +
-                       (longest + 1) * padded(longest) + chunk * (hidden + step);
-  const int64_t last = users * (4 * step + kPanel + heads * step + hidden) + padded(longest);
-  return slots * step + std::max(full, last) + 16 * kPanel;
-}
-
 namespace {
 
 Tensor encode_padded_history(const Tensor& items, const Tensor& lengths, const Tensor& item_table,
@@ -36,14 +24,15 @@ Tensor encode_padded_history(const Tensor& items, const Tensor& lengths, const T
   FASTDIFF_CHECK(!blocks.empty(), op, ": blocks must hold at least one");
   const Tensor slots = floats(op, "positions", positions, {-1, dim});
   const int64_t window = slots.size(0), step = padded(static_cast<int>(dim)), per_head = dim / heads;
-  const Tensor weight = floats(op, "norm_weight", norm_weight, {step}), bias = floats(op, "norm_bias", norm_bias, {step});
+  const Tensor weight = floats(op, "norm_weight", norm_weight, {step}),
+               bias = floats(op, "norm_bias", norm_bias, {step});
   const Tensor nobody = floats(op, "empty", empty, {1, dim});
   std::vector<Tensor> buffers;
   std::vector<const float*> pointers;
   for (size_t i = 0; i < blocks.size(); i++) {
     const int64_t rest = packed_layer(dim, dim) + packed_layer(dim, hidden) + packed_layer(hidden, dim) + 4 * step;
-    const int64_t last = packed_layer(dim, dim) +
-                         heads * (packed_layer(per_head, dim, false) + packed_layer(dim, per_head));
+    const int64_t last =
+        packed_layer(dim, dim) + heads * (packed_layer(per_head, dim, false) + packed_layer(dim, per_head));
     const int64_t wanted = rest + (i + 1 == blocks.size() ? last : packed_layer(dim, 3 * dim));
     buffers.push_back(floats(op, "blocks", blocks[i], {wanted}));
     pointers.push_back(data<float>(buffers.back()));
@@ -54,8 +43,8 @@ Tensor encode_padded_history(const Tensor& items, const Tensor& lengths, const T
                    std::min(width, window), " (got ", length, ")");
     for (int64_t i = 0; i < length; i++) {
       const int64_t item = data<int64_t>(rows)[user * width + i];
-      FASTDIFF_CHECK(item >= 0 && item < table.size(0), op, ": items must be rows 0..", table.size(0) - 1, " (got ", item,
-                     ")");
+      FASTDIFF_CHECK(item >= 0 && item < table.size(0), op, ": items must be rows 0..", table.size(0) - 1, " (got ",
+                     item, ")");
     }
   }
   Tensor context = empty_like_with(table, {users, dim}, ScalarType::Float);

@@ -1,14 +1,11 @@
 // levels: baseline avx2 avx512
-#include "encode_padded_history.h"
-
 #include "batch_attention.h"
+#include "encode_padded_history.h"
 #include "packed_layers.h"
 
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
 namespace {
-
-constexpr int kChunk = 24;  // rows of the feed-forward part at a time, whose hidden rows then stay in cache
 
 struct Rest {
   Linear out;
@@ -73,8 +70,9 @@ class Encoder {
         if (!is_key && (j < length - 1 || n_keys == 0)) continue;
         n_keys += is_key;
         float* to = x_ + static_cast<int64_t>(row++) * step_;
-        layer_norm_rows(args_.table + items[j] * dim, dim, args_.positions + int64_t{1} * (args_.window - length + j) * dim,
-                        dim, 1, dim, args_.norm_weight, args_.norm_bias, args_.eps, to, step_);
+        layer_norm_rows(args_.table + items[j] * dim, dim,
+                        args_.positions + int64_t{1} * (args_.window - length + j) * dim, dim, 1, dim,
+                        args_.norm_weight, args_.norm_bias, args_.eps, to, step_);
         for (int d = dim; d < step_; d++) to[d] = 0.0f;
       }
       users_.n_keys[user] = n_keys;
@@ -118,9 +116,9 @@ class Encoder {
       attend_rows(panels, of_user, qkv_step, n_rows, 1, gathered + int64_t{1} * first * gathered_step, gathered_step,
                   scores);
     }
-    float* const chunk_room = take(int64_t{kChunk} * (padded(args_.hidden) + step_));
-    for (int row = 0; row < rows; row += kChunk) {
-      const int n = rows - row < kChunk ? rows - row : kChunk;
+    float* const chunk_room = take(int64_t{kPaddedChunk} * (padded(args_.hidden) + step_));
+    for (int row = 0; row < rows; row += kPaddedChunk) {
+      const int n = rows - row < kPaddedChunk ? rows - row : kPaddedChunk;
       finish(rest, x_ + int64_t{1} * row * step_, gathered + int64_t{1} * row * gathered_step, gathered_step, n,
              chunk_room);
     }

@@ -1,6 +1,7 @@
 // Layers that follow one another in a packed buffer, and the half of a post-norm block behind its attention.
 //
-// Of a linear layer the panels come first, then its bias; of a norm its weight, then its bias (fastdiff/ops/cpu/packing.py).
+// Of a linear layer the panels come first, then its bias; of a norm its weight, then its bias
+// (fastdiff/ops/cpu/packing.py).
 #pragma once
 
 #include "transformer.h"
@@ -50,8 +51,8 @@ inline void activate_rows(bool gelu_not_relu, float* x, int64_t step, int rows, 
 }
 
 // x = norm(x + down(act(up(x)))), rows x_step apart; room holds rows * (padded(up.n_out) + x_step) floats.
-inline void feed_forward(const Linear& up, const Linear& down, const Norm& norm, bool gelu_not_relu, float eps, float* x,
-                         int64_t x_step, int rows, float* room) {
+inline void feed_forward(const Linear& up, const Linear& down, const Norm& norm, bool gelu_not_relu, float eps,
+                         float* x, int64_t x_step, int rows, float* room) {
   const int hidden = padded(up.n_out);
   float* const y = room + static_cast<int64_t>(rows) * hidden;
   linear_spread(up, x, x_step, rows, room, hidden);

@@ -17,8 +17,8 @@
 #include "../cpu/capability.h"
 
 // EXPECT(condition, parts to print...): ends the test with both where the condition is false.
-#define EXPECT(condition, ...)                                                                    \
-  do {                                                                                            \
+#define EXPECT(condition, ...)                                                                                \
+  do {                                                                                                        \
     if (!(condition)) ::fastdiff::tests::stop(__FILE__, __LINE__, #condition, "" __VA_OPT__(, ) __VA_ARGS__); \
   } while (0)
 
@@ -61,7 +61,8 @@ class Draws {
 
 // max |got - want| <= tolerance * max(1, max |want|), and nothing is NaN
 template <class Got, class Want>
-void expect_close(const std::vector<Got>& got, const std::vector<Want>& want, double tolerance, const std::string& what) {
+void expect_close(const std::vector<Got>& got, const std::vector<Want>& want, double tolerance,
+                  const std::string& what) {
   EXPECT(got.size() == want.size(), what, ": ", got.size(), " values, not ", want.size());
   double largest = 1.0;
   for (const Want value : want) largest = std::fmax(largest, std::fabs(static_cast<double>(value)));

@@ -75,6 +75,21 @@ class Failed(Exception):
     """A test failed."""
 
 
+def check_symbols(folder: Path) -> None:
+    """A kernel's object may share nothing that is compiled at other levels too: of an inline function or a template
+    that stands in several objects, the linker keeps one copy for all, and it may be the one with AVX-512 in it."""
+    for path in sorted(folder.glob("*_kernel.*.o")):
+        level = path.name.split(".")[1]
+        said = subprocess.run(["nm", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+        shared = [words[2] for words in map(str.split, said.splitlines()) if words[1] in "WVu"]
+        foreign = [name for name in shared if f"{len(level)}{level}" not in name]
+        if foreign:
+            raise Failed(
+                f"{path.name} holds functions that are not of its level: {', '.join(foreign)}; they must be in the "
+                "namespace FASTDIFF_LEVEL, or never emitted"
+            )
+
+
 def missing(name: str) -> str | None:
     """Why a mode cannot run here."""
     mode = MODES[name]
@@ -155,6 +170,13 @@ def main() -> int:
             print(f"{name}: compiled in {built:.0f} s{why}", flush=True)
             continue
         print(f"{name}: built in {built:.0f} s", flush=True)
+        if name == "plain":
+            try:
+                check_symbols(folder)
+                print("plain: each level keeps to itself", flush=True)
+            except Failed as error:
+                failed.append("plain/symbols")
+                print(f"plain: FAILED: {error}", flush=True)
         for program in programs:
             began = time.monotonic()
             try:

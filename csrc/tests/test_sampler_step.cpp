@@ -1,6 +1,5 @@
 // sampler_step against the formula in double, over sizes that fill and do not fill vectors, at every level.
 #include "../cpu/sampler_step.h"
-
 #include "check.h"
 
 namespace fastdiff {
@@ -29,8 +28,9 @@ void compare(int64_t rows, int64_t dim, const Coef& coef, bool normalize, bool i
   if (coef.xt == 0.0f && !in_place) std::fill(x_t.begin(), x_t.end(), kNaN);  // not looked at
   std::vector<float> apart(x_t.size(), kNaN);
   std::vector<float>& x_prev = in_place ? x_t : apart;
-  FASTDIFF_PICK(sampler_step)({output.data(), x_t.data(), coef.noise == 0.0f ? nullptr : noise.data(), x_prev.data(), rows,
-                               dim, coef.out, coef.xt, coef.noise, normalize});
+  FASTDIFF_PICK(sampler_step)
+  ({output.data(), x_t.data(), coef.noise == 0.0f ? nullptr : noise.data(), x_prev.data(), rows, dim, coef.out, coef.xt,
+    coef.noise, normalize});
   expect_close(x_prev, want, 1e-6, "sampler_step " + std::to_string(rows) + " x " + std::to_string(dim));
 }
 
@@ -41,7 +41,8 @@ void compare(int64_t rows, int64_t dim, const Coef& coef, bool normalize, bool i
 int main() {
   using namespace fastdiff::tests;
   at_every_level([] {
-    for (const Coef& coef : {Coef{0.3f, 0.9f, 0.2f}, Coef{1.0f, 0.0f, 0.0f}, Coef{1.0f, 0.0f, 0.1f}, Coef{-0.7f, 1.1f, 0.0f}}) {
+    for (const Coef& coef :
+         {Coef{0.3f, 0.9f, 0.2f}, Coef{1.0f, 0.0f, 0.0f}, Coef{1.0f, 0.0f, 0.1f}, Coef{-0.7f, 1.1f, 0.0f}}) {
       for (const int64_t dim : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 129}) {
         for (const int64_t rows : {0, 1, 3}) {
           for (const bool normalize : {false, true}) {

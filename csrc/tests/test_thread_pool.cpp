@@ -1,6 +1,4 @@
 // parallel(): each task once, many callers at once, nested calls, exceptions, and children of fork().
-#include "../cpu/thread_pool.h"
-
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -9,6 +7,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "../cpu/thread_pool.h"
 #include "check.h"
 
 namespace fastdiff {
