@@ -64,6 +64,7 @@ from fastdiff.ops.denoise_attention_loop import CausalPrefix, denoise_attention_
 from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
 from fastdiff.ops.encode_causal_history import encode_causal_history
 from fastdiff.ops.prepare_causal_prefix import prepare_causal_prefix
+from fastdiff.ops.row_linear import LinearWeights, row_linear
 from fastdiff.plan import StepPlan
 
 NORM_EPS = 1e-12
@@ -106,7 +107,14 @@ ADRecState = AttentionState | MLPState
 class ADRec(Model[ADRecCondition, ADRecState]):
     """ADRec with either decoder; see the module's docstring."""
 
-    ops = (*Model.ops, encode_causal_history, prepare_causal_prefix, denoise_mlp_loop, denoise_attention_loop)
+    ops = (
+        *Model.ops,
+        encode_causal_history,
+        prepare_causal_prefix,
+        row_linear,
+        denoise_mlp_loop,
+        denoise_attention_loop,
+    )
     item_table_key = "item_embedding.weight"
     config: ADRecConfig
 
@@ -124,6 +132,8 @@ class ADRec(Model[ADRecCondition, ADRecState]):
         self._times: dict[bytes, Tensor] = {}
         if config.decoder == "mlp":
             self.mlp = self._mlp()
+            first = "diffu.net.decoder.0"
+            self.mlp_condition = LinearWeights(weights[f"{first}.weight"], weights[f"{first}.bias"])
             return
         self.decoder = tuple(
             _block(weights, f"{_DECODER}.{layer}", config.n_heads) for layer in range(config.n_decoder_layers)
@@ -223,9 +233,9 @@ class ADRec(Model[ADRecCondition, ADRecState]):
                 guidance_scale != 1.0,
             )
             return AttentionState(prefix, time, guidance_scale)
-        w_in, b_in = self.weights["diffu.net.decoder.0.weight"], self.weights["diffu.net.decoder.0.bias"]
-        uncond = None if guidance_scale == 1.0 else b_in.unsqueeze(0)
-        return MLPState(F.linear(condition.last, w_in, b_in), uncond, time, guidance_scale)
+        uncond = None if guidance_scale == 1.0 else self.mlp_condition.bias.unsqueeze(0)
+        cond = self.bound["row_linear"](condition.last, self.mlp_condition)
+        return MLPState(cond, uncond, time, guidance_scale)
 
     def _time_of(self, plan: StepPlan) -> Tensor:
         """lambda tau(t) [S, D] of each step, or what the MLP decoder's first layer makes of it [S, 4 D]."""
@@ -234,7 +244,7 @@ class ADRec(Model[ADRecCondition, ADRecState]):
         if time is None:
             time = self.lambda_ * self.time_embedding(self.timesteps_of(plan, 0, self.schedule.num_train_timesteps))
             if self.config.decoder == "mlp":
-                time = time @ self.weights["diffu.net.decoder.0.weight"].T
+                time = time @ self.mlp_condition.weight.T
             if len(self._times) >= _PLANS_KEPT:
                 self._times.clear()
             self._times[key] = time
