@@ -95,6 +95,7 @@ class Engine:
         self.model = model
         self.device = model.device
         self._backend = backend
+        self._history_table: tuple[ItemCatalog, Tensor] | None
         self.catalog = self._loaded_catalog = catalog
         self.generation_config = generation_config
         self._make_plan = lru_cache(maxsize=64, typed=True)(model.plan)  # a table takes longer to make than to run
@@ -103,10 +104,9 @@ class Engine:
         self._lock = threading.Lock()
         self._closed_forms: dict[tuple[bytes, bytes], ClosedForm] = {}
         self._form_of_plan: PerObject[ClosedForm] = PerObject()
-        self._history_table: tuple[ItemCatalog, Tensor] | None = None
         self._default_sampler: tuple[GenerationConfig, tuple[StepPlan, bool]] | None = None
         if generation_config.scheduler == "closed_form":  # a chain that cannot be collapsed is refused at load
-            plan, _ = self._sampler(SamplerRequest())
+            plan, _ = self._sampler(SamplerRequest(), generation_config)
             none = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
             cold = Histories(none, none.sum(dim=1))
             with plain_arithmetic(self.device):
@@ -172,6 +172,7 @@ class Engine:
     def catalog(self, catalog: ItemCatalog) -> None:
         check_catalog(catalog, self.model)
         self._catalog = catalog
+        self._history_table = None  # of the snapshot before
 
     @property
     def config(self) -> ModelConfig:
@@ -242,8 +243,9 @@ class Engine:
             )
         watch = Stopwatch(self.device)
         catalog = self.catalog  # one snapshot for the whole call
-        settings = resolve_settings(self.generation_config, top_k, guidance_scale, num_samples, aggregation)
-        plan, closed = self._sampler(SamplerRequest(scheduler, num_inference_steps, timesteps, eta))
+        defaults = self.generation_config
+        settings = resolve_settings(defaults, top_k, guidance_scale, num_samples, aggregation)
+        plan, closed = self._sampler(SamplerRequest(scheduler, num_inference_steps, timesteps, eta), defaults)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InvalidArgument(
                 "generate: callback_on_step_end must be a function of (step, timestep, x) "
@@ -258,7 +260,7 @@ class Engine:
         n_users, n_samples = parsed.n_users, settings.num_samples
         request = NoiseRequest(noise, generator, seed, request_ids)
         draws, used_seed = request.resolve(parsed, n_samples, self.model, plan, closed)
-        filters = candidates.resolve(catalog, self.config, parsed.seen, self.generation_config.filter_seen)
+        filters = candidates.resolve(catalog, self.config, parsed.seen, defaults.filter_seen)
         watch.lap("prepare")
         if n_users == 0:
             return self._empty(catalog, settings, used_seed, output_embeddings, watch)
@@ -338,9 +340,8 @@ class Engine:
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
-    def _sampler(self, request: SamplerRequest) -> tuple[StepPlan, bool]:
+    def _sampler(self, request: SamplerRequest, defaults: GenerationConfig) -> tuple[StepPlan, bool]:
         """The table to run, and whether in closed form."""
-        defaults = self.generation_config
         if not request.is_default:
             return request.resolve(defaults, self._make_plan)
         kept = self._default_sampler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,31 @@ def test_autocast_around_a_call_changes_nothing(engine: Any) -> None:
     assert_agree(rebuilt.embeddings, expected.embeddings, torch.float32)
 
 
+def test_gradients_stay_as_they_were_around_a_call() -> None:
+    engine = small_engine("tarec")
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            assert not engine.generate(HISTORIES, output_embeddings=True).embeddings.requires_grad
+            with pytest.raises(InvalidHistory):
+                engine.generate([[99120]])
+            assert torch.is_grad_enabled() == enabled
+            query = torch.randn(1, 16, requires_grad=True)
+            assert not engine.catalog.topk(query, 3).scores.requires_grad
+            assert torch.is_grad_enabled() == enabled
+
+
+def test_other_defaults_hold_from_the_next_call_on() -> None:
+    engine = small_engine("tarec")
+    one_step = engine.generate(HISTORIES, seed=1)
+    several = engine.generate(HISTORIES, seed=1, scheduler="ddpm", num_inference_steps=4, top_k=3)
+    assert not torch.equal(one_step.item_ids[:, :3], several.item_ids)
+    first = engine.generation_config
+    engine.generation_config = replace(first, scheduler="ddpm", num_inference_steps=4, top_k=3)
+    assert torch.equal(engine.generate(HISTORIES, seed=1).item_ids, several.item_ids)
+    engine.generation_config = first
+    assert torch.equal(engine.generate(HISTORIES, seed=1).item_ids, one_step.item_ids)
+
+
 def test_engines_travel_to_other_processes(engine: Any) -> None:
     expected = engine.generate(HISTORIES, seed=1)
     engine.catalog = engine.catalog.remove([5])
@@ -626,6 +652,8 @@ def test_outputs_are_ordinary_tensors(engine: Any) -> None:
     """Callers may write into them and train on them."""
     output = engine.generate(HISTORIES, seed=1, output_embeddings=True)
     output.scores[0, 0] = 0.0
+    output.item_ids.fill_(-1)
+    assert output.num_valid.tolist() == [10] * 5
     weight = torch.ones(16, requires_grad=True)
     (output.embeddings @ weight).sum().backward()
     assert weight.grad is not None

@@ -22,6 +22,7 @@ from fastdiff.config import ModelConfig
 from fastdiff.errors import InvalidArgument, InvalidHistory
 from fastdiff.histories import pack_in_python, parse_histories
 from fastdiff.noise import history_row_key
+from fastdiff.ops.user_lists import UserLists
 from tests.builders import small_config, small_engine
 
 needs_c = pytest.mark.skipif(item_ids._C is None, reason="fastdiff._C was not built")
@@ -366,3 +367,13 @@ def test_filters_of_known_items_are_read_by_cpp() -> None:
         assert offsets.tolist() == [0, 5, 5, 7]
         for wrong in ([[-1]], [[config.pad_id + 1000]], [ids[0]], [["gone"]], ids[0]):
             assert catalog.index.lists(wrong) is None  # type: ignore[union-attr]
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 9), max_size=4), st.lists(st.integers(0, 9), max_size=4)), max_size=5)
+)
+def test_a_union_holds_both_lists_of_each_user(pairs: list[tuple[list[int], list[int]]]) -> None:
+    both = UserLists.from_lists([a for a, _ in pairs]).union(UserLists.from_lists([b for _, b in pairs]))
+    expected = UserLists.from_lists([a + b for a, b in pairs])
+    assert both.values.tolist() == expected.values.tolist()
+    assert both.offsets.tolist() == expected.offsets.tolist()
