@@ -47,7 +47,9 @@ from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop
 from fastdiff.ops.philox_normals import philox_normals
+from fastdiff.ops.row_linear import LinearWeights, row_linear
 from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
 
 
@@ -62,7 +64,7 @@ class DimeRecState:
 class DimeRec(Model[Tensor, DimeRecState]):
     """The condition is the interests g `[B, K, D]`."""
 
-    ops = (sampler_step, philox_normals, denoise_mlp_loop)
+    ops = (sampler_step, philox_normals, row_linear, denoise_mlp_loop)
     item_table_key = "item_embeddings.weight"
 
     config: DimeRecConfig
@@ -71,8 +73,9 @@ class DimeRec(Model[Tensor, DimeRecState]):
         super().__init__(config, weights, bound)
         blocks = _input_blocks(config)
         first, *rest = ((weights[f"denoiser.{i}.weight"], weights[f"denoiser.{i}.bias"]) for i in range(_depth(config)))
-        self._w_g, self._bias = first[0][:, blocks["g"]].contiguous(), first[1]
+        self._first = LinearWeights(first[0][:, blocks["g"]].contiguous(), first[1])
         self.mlp = MLPWeights(first[0][:, blocks["x"]].contiguous(), tuple(rest), config.mlp_activation)
+        self._times: PerObject[Tensor] = PerObject()
         self._time_table = weights["step_embeddings.weight"] @ first[0][:, blocks["t"]].T
 
     @classmethod
@@ -128,10 +131,13 @@ class DimeRec(Model[Tensor, DimeRecState]):
             raise InvalidArgument(
                 f"dimerec: guidance_scale must be 1 (got {guidance_scale:g}); the method has no unconditional branch"
             )
+        cond = self.bound["row_linear"](condition.flatten(1), self._first)
+        return DimeRecState(cond, self._times.get(plan, self._time))
+
+    def _time(self, plan: StepPlan) -> Tensor:
+        """The first layer's share of the step embeddings `[S, H]` of a plan."""
         offset = self.config.step_offset
-        timesteps = self.timesteps_of(plan, -offset, self._time_table.shape[0] - 1 - offset)
-        cond = F.linear(condition.flatten(1), self._w_g, self._bias)
-        return DimeRecState(cond, self._time_table[timesteps + offset])
+        return self._time_table[self.timesteps_of(plan, -offset, self._time_table.shape[0] - 1 - offset) + offset]
 
     def repeat(self, state: DimeRecState, num_samples: int) -> DimeRecState:
         return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
@@ -147,7 +153,7 @@ class DimeRec(Model[Tensor, DimeRecState]):
         if on_step is not None or self.config.normalize == "before":
             return super().sample(state, plan, noise, on_step)
         loop = self.bound["denoise_mlp_loop"]
-        x_T = self.start(noise)
+        x_T = self.start(noise) if self.config.normalize_start else None  # None: the noise's draw 0
         x_0: Tensor = loop(x_T, self.mlp, state.cond, None, 1.0, state.time, plan.coef, plan.normalize, noise)
         return x_0
 
