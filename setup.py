@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # a build backend does not put the project's folder there
@@ -33,7 +34,7 @@ LOST = {
         "the C++ ops (fastdiff/libfastdiff.so) were not built: {reason}. fastdiff works without them, in plain "
         "PyTorch; lost is the 'cpu' backend, which is many times faster on CPUs. To have it, install a C++17 compiler "
         "(Debian, Ubuntu: apt install g++), then torch, setuptools, wheel, pybind11 and ninja, and then: "
-        "pip install --no-build-isolation ."
+        "pip install --no-build-isolation . (in a checkout: make clean, and make again)"
     ),
     "fastdiff._C": (
         "the C++ module fastdiff._C was not built: {reason}. fastdiff works without it; lost are the fast reading of "
@@ -129,7 +130,7 @@ class OptionalBuild(build_ext):  # type: ignore[misc]
         except Exception as error:  # every compiler class of setuptools has errors of its own
             reason = LOST[ext.name].format(reason=" ".join(str(error).split()))
             print(f"fastdiff: {reason}", file=sys.stderr)
-            raise
+            raise CompileError(str(error)) from error  # what setuptools lets pass for an optional extension
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libfastdiff"):  # no Python in it, so none in its name

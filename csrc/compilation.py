@@ -194,6 +194,8 @@ class Build:
             print(said, file=sys.stderr)
 
     def _object(self, source: Path, name: str, more: str) -> str:
+        # a relative path: a copy of the tree, objects and all, is up to date as well
+        source = Path(os.path.relpath(source, self.folder))
         self._lines += [f"build {_path(name)}: compile {_path(source)}", f"  flags = {self.flags} {more}"]
         return name
 

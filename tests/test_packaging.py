@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from fastdiff.ops import ALL
+from fastdiff.ops.backend import BACKENDS
 from tests.conftest import ROOT
 
 HEAVY = ("triton", "scipy", "matplotlib", "yaml", "pytest", "hypothesis", "pandas", "torch.utils.cpp_extension")
@@ -54,8 +57,28 @@ def copy_of_the_checkout(folder: Path) -> Path:
     """What a build reads, so that it leaves nothing behind in the checkout."""
     if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("pip") is None:
         pytest.skip("building fastdiff needs pip and setuptools in this environment (pip install -e '.[dev]')")
-    left_out = shutil.ignore_patterns("__pycache__", "*.so", ".*", "*.egg-info", "build", "dist", "tests", "bench")
-    return Path(shutil.copytree(ROOT, folder / "source", ignore=left_out))
+    left_out = shutil.ignore_patterns("__pycache__", "*.so", ".*", "*.egg-info", "build", "dist", "bench")
+    source = Path(shutil.copytree(ROOT, folder / "source", ignore=left_out))
+    for objects in (ROOT / "build").glob("ops-*"):  # compiled already: what is not up to date is compiled again
+        shutil.copytree(objects, source / "build" / objects.name)
+    return source
+
+
+def why_no_ops() -> str | None:
+    """Why the C++ ops cannot be built here."""
+    return (
+        None if shutil.which(os.environ.get("CXX", "c++")) and (shutil.which("ninja") or find("ninja")) else "no tools"
+    )
+
+
+def find(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def build(command: list[str], source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=source, capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +144,87 @@ assert all(isinstance(value, bool) for value in capabilities.values()), capabili
     assert result.returncode == 0, result.stderr
 
 
-def test_without_a_compiler_the_build_goes_on_and_says_what_is_lost(tmp_path: Path) -> None:
-    pytest.importorskip("pybind11")
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
-    compilers = dict.fromkeys(("CC", "CXX"), "no-such-compiler")
-    result = subprocess.run(
-        command, cwd=copy_of_the_checkout(tmp_path), capture_output=True, text=True, env={**os.environ, **compilers}
+def test_the_wheel_holds_the_cpp_ops(installed: Path) -> None:
+    if why_no_ops() is not None:
+        pytest.skip("no C++ compiler or no ninja here: the wheel is without the C++ ops")
+    result = python(
+        """
+import torch
+from fastdiff.ops.backend import available_backends
+from fastdiff.ops.cpu import library
+from fastdiff.ops.sampler_step import sampler_step
+assert library.why_not() is None, library.why_not()
+assert library.LIBRARY.name == "libfastdiff.so" and library.capability() in library.available_levels()
+assert "cpu" in available_backends()
+x = torch.randn(3, 5)
+assert torch.equal(sampler_step.bind("cpu", "cpu")(x, x, None, 2.0, 0.0, 0.0), 2 * x)
+""",
+        installed,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_the_build_goes_on_and_says_what_is_lost(compiler: str, tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    source = copy_of_the_checkout(tmp_path)
+    result = build(["setup.py", "-q", "build_ext", "--inplace"], source, CC=compiler, CXX=compiler)
+    assert result.returncode == 0, result.stderr
+    assert "the C++ ops (fastdiff/libfastdiff.so) were not built: " in result.stderr
+    assert "lost is the 'cpu' backend, which is many times faster on CPUs. To have it, " in result.stderr
     assert "fastdiff._C was not built" in result.stderr
-    assert "fastdiff works without it, in plain PyTorch; lost are" in result.stderr
-    assert not list((tmp_path / "build").rglob("_C*.so"))
+    assert "fastdiff works without it; lost are" in result.stderr
+    assert not list(source.rglob("*.so"))
+    developer = build(["setup.py", "-q", "build_ops", "--if-possible"], source, CXX=compiler)
+    assert (developer.returncode, developer.stderr.count("were not built: ")) == (0, 1)
+
+
+def test_an_isolated_build_cannot_see_torch_and_says_what_is_lost(tmp_path: Path) -> None:
+    source = copy_of_the_checkout(tmp_path)
+    hidden = (
+        "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'build_ops', '--if-possible']"
+    )
+    result = build(["-c", f"{hidden}; runpy.run_path('setup.py')"], source)
+    assert result.returncode == 0, result.stderr
+    assert "were not built: torch is not installed, or hidden by an isolated build. " in result.stderr
+    assert "pip install --no-build-isolation ." in result.stderr
+
+
+def test_sources_that_do_not_compile_are_an_error(tmp_path: Path) -> None:
+    if why_no_ops() is not None:
+        pytest.skip("no C++ compiler or no ninja here")
+    source = copy_of_the_checkout(tmp_path)
+    with (source / "csrc" / "cpu" / "capability.cpp").open("a") as file:
+        file.write("this is not C++\n")
+    result = build(["setup.py", "-q", "build_ops", "--if-possible"], source)
+    assert result.returncode != 0
+    assert "error:" in result.stderr
+    assert "fastdiff: the compiler stopped with the errors above" in result.stderr
+
+
+def test_a_source_distribution_builds_like_a_checkout(tmp_path: Path) -> None:
+    source = copy_of_the_checkout(tmp_path)
+    result = build(["setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)], source)
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("fastdiff-*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    needed = [path for folder in ("csrc", "kernels", "fastdiff") for path in (source / folder).rglob("*.*")]
+    needed += [source / name for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile")]
+    missing = {path.relative_to(source).as_posix() for path in needed if "__pycache__" not in path.parts} - names
+    assert not missing, sorted(missing)
+
+
+def test_the_readme_says_which_op_runs_on_which_backend() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    matrix = text[text.index("| op | torch | cpu | triton | cuda |") :].split("\n\n")[0].splitlines()[2:]
+    expected = [
+        f"| `{op.name}` | yes | "
+        + " | ".join("yes" if backend in op.implementations else "not yet" for backend in BACKENDS[1:])
+        + " |"
+        for op in ALL
+    ]
+    assert matrix == expected
 
 
 def test_the_licence_is_apache_2() -> None:
