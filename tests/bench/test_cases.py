@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench import bench_topk_lists, bench_yoochoose, peak
-from bench.bench_adrec import adrec_case, adrec_config, loop_of_compiled_steps, sampled
+from bench.bench_adrec import adrec_case, adrec_config, loop_of_compiled_steps, sampler
 from bench.bench_cddrec import cddrec_case
 from bench.bench_dimerec import dimerec_case
 from bench.bench_dreamrec import chain_covariance, dreamrec_case, dreamrec_config, published_dreamrec
@@ -149,9 +149,9 @@ def test_the_compiled_loop_of_adrec_is_the_loop() -> None:
     config = adrec_config(num_train_timesteps=4, hidden_size=16, n_items=30, max_seq_len=9)
     weights, histories, noise = random_weights(config), draw_histories(config, 3, "beauty"), draw_noise(5, 3, 16)
     model = our_models(config, weights, torch.device("cpu"))["torch"]
-    expected = sampled(model, histories, noise)
+    expected = sampler(model, histories, noise)()
     model.bound["denoise_attention_loop"] = loop_of_compiled_steps(lambda function: function)
-    assert relative_error(sampled(model, histories, noise), expected) < 1e-6
+    assert relative_error(sampler(model, histories, noise)(), expected) < 1e-6
 
 
 def test_memory_sees_what_a_call_allocates() -> None:
