@@ -4,18 +4,11 @@
 #include "denoise_mlp_loop_layout.h"
 #include "linear.h"
 #include "philox.h"
+#include "rows.h"
 
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
 namespace {
-
-FASTDIFF_INLINE int lanes_left(int64_t n, int64_t at) { return n - at < kLanes ? static_cast<int>(n - at) : kLanes; }
-
-void copy_row(const float* from, int64_t n, float* to, int64_t padded_n) {
-  for (int64_t at = 0; at < padded_n; at += kLanes) {
-    store(to + at, at < n ? load_n(from + at, lanes_left(n, at)) : zero());
-  }
-}
 
 template <int activation>
 FASTDIFF_INLINE Vec activate(Vec x) {
@@ -35,26 +28,6 @@ void activate_all(int activation, float* values, int64_t n) {
   if (activation == kRelu) return activate_all<kRelu>(values, n);
   if (activation == kSilu) return activate_all<kSilu>(values, n);
   return activate_all<kTanh>(values, n);
-}
-
-// LayerNorm of a row of n, whose vectors are whole; weight and bias are padded
-void normalize_row(float* x, int64_t n, const float* weight, const float* bias, float eps) {
-  Vec total = zero(), squares = zero();
-  for (int64_t at = 0; at < n; at += kLanes) total = total + load_n(x + at, lanes_left(n, at));
-  const Vec mean = set1(sum(total) / static_cast<float>(n));
-  for (int64_t at = 0; at < n; at += kLanes) {
-    const int left = lanes_left(n, at);
-    const Vec apart = load_n(x + at, left) - mean;
-    alignas(64) float lanes[kLanes] = {};
-    store_n(lanes, apart, left);
-    const Vec inside = load(lanes);
-    squares = fma(inside, inside, squares);
-  }
-  const float variance = sum(squares) / static_cast<float>(n);
-  const Vec by = set1(1.0f / __builtin_sqrtf(variance + eps));
-  for (int64_t at = 0; at < n; at += kLanes) {
-    store(x + at, fma((load(x + at) - mean) * by, load(weight + at), load(bias + at)));
-  }
 }
 
 // y = x W^T in two chains per output, over the first and the second half of x, one row: twice as many sums under way
@@ -124,6 +97,95 @@ Network unpack(const MlpLoopArgs& args) {
   return net;
 }
 
+// One step of a block of rows: its factors, and what it adds to x W^T. Rows of cond and noise are *_step apart.
+struct Step {
+  const float *cond, *time, *noise;  // noise: null where it is not read
+  int64_t cond_step, noise_step;
+  float c_out, c_xt, c_noise;
+};
+
+// The whole step of a linear denoiser, for R rows and V vectors of them: x_prev = c_out (x W^T + cond + time) + c_xt x +
+// c_noise noise, with the sums in registers from the first product to the last term.
+template <int R, int V>
+FASTDIFF_INLINE void linear_step(const Network& net, const Step& step, const float* x, float* x_prev, int64_t x_step,
+                                 int64_t dim, int first) {
+  Vec low[R][V], high[R][V];
+  const float* weight[2][V];
+  for (int v = 0; v < V; v++) {
+    weight[0][v] = weight_vec(net.low, first + v);
+    weight[1][v] = weight_vec(net.high, first + v);
+    for (int r = 0; r < R; r++) low[r][v] = high[r][v] = zero();
+  }
+  const int split = net.low.n_in, rest = net.high.n_in;
+  const auto add = [&](Vec(&sums)[R][V], const float* const(&weights)[V], const float* inputs, int k) {
+    Vec w[V];
+    for (int v = 0; v < V; v++) w[v] = load(weights[v] + static_cast<int64_t>(k) * kPanel);
+    for (int r = 0; r < R; r++) {
+      const Vec by = set1(inputs[r * x_step + k]);
+      for (int v = 0; v < V; v++) sums[r][v] = fma(by, w[v], sums[r][v]);
+    }
+  };
+  if (R == 1) {  // both chains at once: alone, one would wait for itself
+    for (int k = 0; k < split; k++) {
+      add(low, weight[0], x, k);
+      add(high, weight[1], x + split, k);
+    }
+    for (int k = split; k < rest; k++) add(high, weight[1], x + split, k);
+  } else {
+    for (int k = 0; k < split; k++) add(low, weight[0], x, k);
+    for (int k = 0; k < rest; k++) add(high, weight[1], x + split, k);
+  }
+  const Vec c_out = set1(step.c_out), c_xt = set1(step.c_xt), c_noise = set1(step.c_noise);
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < V; v++) {
+      const int64_t at = static_cast<int64_t>(first + v) * kLanes;
+      const Vec output = ((low[r][v] + high[r][v]) + load(step.cond + r * step.cond_step + at)) + load(step.time + at);
+      Vec after = c_out * output;
+      if (step.c_xt != 0.0f) after = fma(c_xt, load(x + r * x_step + at), after);
+      if (step.noise != nullptr) {
+        after = fma(c_noise, load_n(step.noise + r * step.noise_step + at, lanes_left(dim, at)), after);
+      }
+      store(x_prev + r * x_step + at, after);
+    }
+  }
+}
+
+template <int R, int V>
+FASTDIFF_INLINE int linear_step_rows(const Network& net, const Step& step, const float* x, float* x_prev,
+                                     int64_t x_step, int64_t dim, int rows, int row) {
+  const int vecs = static_cast<int>((dim + kLanes - 1) / kLanes);
+  for (; row + R <= rows; row += R) {
+    Step here = step;
+    here.cond += row * step.cond_step;
+    if (step.noise != nullptr) here.noise += row * step.noise_step;
+    const float* const from = x + row * x_step;
+    float* const to = x_prev + row * x_step;
+    int v = 0;
+    for (; v + V <= vecs; v += V) linear_step<R, V>(net, here, from, to, x_step, dim, v);
+    for (; v < vecs; v++) linear_step<R, 1>(net, here, from, to, x_step, dim, v);
+  }
+  return row;
+}
+
+void linear_step(const Network& net, const Step& step, const float* x, float* x_prev, int64_t x_step, int64_t dim,
+                 int rows) {
+  int row = linear_step_rows<kBlockRows, kBlockVecs>(net, step, x, x_prev, x_step, dim, rows, 0);
+  row = linear_step_rows<2, kBlockVecs>(net, step, x, x_prev, x_step, dim, rows, row);
+  linear_step_rows<1, 4>(net, step, x, x_prev, x_step, dim, rows, row);
+}
+
+// x / |x|; a norm under 1e-12 counts as 1e-12
+FASTDIFF_INLINE void onto_sphere(float* x, int64_t dim) {
+  Vec squares = zero();
+  for (int64_t at = 0; at < dim; at += kLanes) {
+    const Vec part = load_n(x + at, lanes_left(dim, at));
+    squares = fma(part, part, squares);
+  }
+  float norm = __builtin_sqrtf(sum(squares));
+  if (norm < 1e-12f) norm = 1e-12f;
+  for (int64_t at = 0; at < dim; at += kLanes) store(x + at, load(x + at) / set1(norm));
+}
+
 }  // namespace
 
 void denoise_mlp_loop(const MlpLoopArgs& args) {
@@ -132,7 +194,9 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
   const int rows = args.rows, branches = guided ? 2 : 1;
   const int64_t dim = args.widths[0], hidden_dim = args.widths[1];
   const MlpLayout lay = mlp_layout(args.widths, args.layers, rows, guided, args.steps, kMlpNoise);
-  float* const state = args.scratch + lay.state;
+  float* state = args.scratch + lay.state;
+  float* next = args.scratch + lay.hidden;  // of a linear denoiser: the state after the step
+  const bool linear_only = args.layers == 0 && !guided && args.norm_eps < 0.0f;
   float* const cond = args.scratch + lay.cond;
   float* const uncond = args.scratch + lay.uncond;
   float* const time = args.scratch + lay.time;
@@ -141,24 +205,23 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
   const Vec scale = set1(args.guidance_scale);
 
   for (int row = 0; row < rows; row++) {
-    copy_row(args.cond + row * hidden_dim, hidden_dim, cond + row * lay.wide, lay.wide);
-    if (guided) copy_row(args.uncond + row * args.uncond_step, hidden_dim, uncond + row * lay.wide, lay.wide);
+    pad_row(args.cond + row * hidden_dim, hidden_dim, cond + row * lay.wide, lay.wide);
+    if (guided) pad_row(args.uncond + row * args.uncond_step, hidden_dim, uncond + row * lay.wide, lay.wide);
     const float* start = args.x_t + row * dim;
     if (args.x_t == nullptr) {
       fill_normals(keys, args.row_key + row, args.sample + row, 1, 0, 1, 0, static_cast<int>(dim), made, lay.normals);
       start = made;
     }
-    copy_row(start, dim, state + row * lay.dim, lay.dim);
+    pad_row(start, dim, state + row * lay.dim, lay.dim);
   }
 
   int64_t noise_end = args.steps;  // behind the last step that draws
   while (noise_end > 0 && args.coef[3 * noise_end - 1] == 0.0) noise_end--;
   int64_t made_from = 0, made_to = 0;  // the steps whose normals are in `made`
   for (int64_t step = 0; step < args.steps; step++) {
-    const Vec c_out = set1(static_cast<float>(args.coef[3 * step]));
-    const Vec c_xt = set1(static_cast<float>(args.coef[3 * step + 1]));
-    const float noise_factor = static_cast<float>(args.coef[3 * step + 2]);
-    const Vec c_noise = set1(noise_factor);
+    float factors[3];
+    for (int i = 0; i < 3; i++) factors[i] = static_cast<float>(args.coef[3 * step + i]);
+    const Vec c_out = set1(factors[0]), c_xt = set1(factors[1]), c_noise = set1(factors[2]);
     const float* noise = nullptr;
     int64_t noise_step = dim;
     if (args.coef[3 * step + 2] != 0.0) {
@@ -176,15 +239,25 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
       }
     }
 
-    // the denoiser
     float* hidden = args.scratch + lay.hidden;
     float* other = args.scratch + lay.other;
-    first_layer(net.low, net.high, state, lay.dim, rows, hidden, other, lay.wide);
     const float* step_time = args.time + step * hidden_dim;
     if (hidden_dim % kLanes != 0) {
-      copy_row(step_time, hidden_dim, time, lay.wide);
+      pad_row(step_time, hidden_dim, time, lay.wide);
       step_time = time;
     }
+    if (linear_only) {
+      linear_step(net, {cond, step_time, noise, lay.wide, noise_step, factors[0], factors[1], factors[2]}, state, next,
+                  lay.dim, dim, rows);
+      for (int row = 0; args.normalize && row < rows; row++) onto_sphere(next + row * lay.dim, dim);
+      float* const swap = state;
+      state = next;
+      next = swap;
+      continue;
+    }
+
+    // the denoiser
+    first_layer(net.low, net.high, state, lay.dim, rows, hidden, other, lay.wide);
     const int64_t hidden_end = (hidden_dim + kLanes - 1) / kLanes * kLanes;
     for (int row = 0; row < rows; row++) {
       float* h = hidden + row * lay.wide;
@@ -205,7 +278,8 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
     }
     if (args.norm_eps >= 0.0f) {
       for (int row = 0; row < branches * rows; row++) {
-        normalize_row(hidden + row * lay.wide, dim, net.norm_weight, net.norm_bias, args.norm_eps);
+        float* const h = hidden + row * lay.wide;
+        layer_norm(h, dim, net.norm_weight, net.norm_bias, args.norm_eps, h);
       }
     }
 
@@ -214,30 +288,18 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
       const float* c = hidden + row * lay.wide;
       const float* u = c + rows * lay.wide;
       float* x = state + row * lay.dim;
-      Vec squares = zero();
       for (int64_t at = 0; at < dim; at += kLanes) {
         Vec output = load(c + at);
         if (guided) output = fma(scale, output - load(u + at), load(u + at));
         Vec x_prev = c_out * output;
-        if (args.coef[3 * step + 1] != 0.0) x_prev = fma(c_xt, load(x + at), x_prev);
+        if (factors[1] != 0.0f) x_prev = fma(c_xt, load(x + at), x_prev);
         if (noise != nullptr) x_prev = fma(c_noise, load_n(noise + row * noise_step + at, lanes_left(dim, at)), x_prev);
         store(x + at, x_prev);
       }
-      if (!args.normalize) continue;
-      for (int64_t at = 0; at < dim; at += kLanes) {
-        const Vec part = load_n(x + at, lanes_left(dim, at));
-        squares = fma(part, part, squares);
-      }
-      float norm = __builtin_sqrtf(sum(squares));
-      if (norm < 1e-12f) norm = 1e-12f;
-      for (int64_t at = 0; at < dim; at += kLanes) store(x + at, load(x + at) / set1(norm));
+      if (args.normalize) onto_sphere(x, dim);
     }
   }
-  for (int row = 0; row < rows; row++) {
-    for (int64_t at = 0; at < dim; at += kLanes) {
-      store_n(args.x_0 + row * dim + at, load(state + row * lay.dim + at), lanes_left(dim, at));
-    }
-  }
+  for (int row = 0; row < rows; row++) unpad_row(state + row * lay.dim, args.x_0 + row * dim, dim);
 }
 
 }  // namespace FASTDIFF_LEVEL
