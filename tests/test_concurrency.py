@@ -104,13 +104,13 @@ def test_many_threads_and_a_changing_catalogue(method: str) -> None:
         calls = [future.result() for future in futures]  # raises what a thread raised
 
     assert all(calls), "a thread got no answer"
-    assert len(snapshots) > 10
+    assert len(snapshots) > 3, "the catalogue did not change"
     lone = small_engine(method)
     for call in (call for one in calls for call in one):
         assert call.output.scores.shape == (len(call.histories), call.top_k)
         for number in range(call.last, call.first - 1, -1):
             lone.catalog = snapshots[number]
-            if same(call.output, ask(lone, call.histories, call.top_k, call.seed)):
+            if same(call.output, ask(lone, call.histories, call.top_k, call.seed, threads=1)):
                 break
         else:
             pytest.fail(f"{call} is the answer of none of its snapshots")
