@@ -105,10 +105,10 @@ struct ScanArgs {
 
 FASTDIFF_TOPK_INLINE int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// 64 rows in float32 and once more in the form of the product, their results, and a threshold per query.
+// 16 rows in float32, 4 times 64 in the form of the product, their results, and 4 thresholds per query.
 FASTDIFF_TOPK_INLINE int64_t scratch_bytes(int64_t dim, int64_t n_padded) {
   const int64_t row = round_up(4 * dim, 64) + 64;
-  return kBlock * row * 2 + row + 2 * kBlock * kTile * 4 + 8 * n_padded + 1024;
+  return kTile * row + 4 * kBlock * row + row + 2 * kBlock * kTile * 4 + 16 * n_padded + 1024;
 }
 
 struct ExactArgs {

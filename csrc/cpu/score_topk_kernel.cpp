@@ -12,6 +12,7 @@ namespace {
 
 using namespace topk;
 
+constexpr int kTogether = 4;   // blocks that few queries take at a time
 constexpr int64_t kAhead = 2;  // blocks from the one at work to the one that is fetched into the second-level cache
 
 // One block of 64 rows on its way through the scan.
@@ -31,8 +32,8 @@ class Scan {
     char* at = slot_.scratch;
     const int64_t row = round_up(4 * dim_, 64) + 64;
     wide_ = reinterpret_cast<float*>(at);
-    packed_ = at += kBlock * row;
-    zeros_ = at += kBlock * row;
+    packed_ = at += kTile * row;
+    zeros_ = at += kTogether * kBlock * row;
     sums_ = at += row;
     thresholds_ = at += 2 * kBlock * kTile * 4;
     row_ = row;
@@ -40,6 +41,8 @@ class Scan {
   }
 
   void run() {
+    const bool whole_tiles = args_.product == Product::bfloat16_tiles || args_.product == Product::int8_tiles;
+    if (whole_tiles) return run_tiles();
     for (int64_t block = args_.first_block; block < args_.last_block; block++) {
       if (!open(block)) continue;
       set_thresholds();
@@ -53,19 +56,39 @@ class Scan {
         case Product::int8:
           int8();
           break;
-        case Product::bfloat16_tiles:
-          tiles<false>();
-          break;
-        case Product::int8_tiles:
-          tiles<true>();
+        default:
           break;
       }
     }
   }
 
  private:
-  float* thresholds() { return reinterpret_cast<float*>(thresholds_); }
-  int32_t* whole_thresholds() { return reinterpret_cast<int32_t*>(thresholds_); }
+  // of the block at work
+  char* threshold_space() { return thresholds_ + (block_ - blocks_) * 4 * queries_.n_padded; }
+  float* thresholds() { return reinterpret_cast<float*>(threshold_space()); }
+  int32_t* whole_thresholds() { return reinterpret_cast<int32_t*>(threshold_space()); }
+
+  void run_tiles() {
+    const int64_t element = args_.product == Product::int8_tiles ? 1 : 2;
+    in_tiles_ = table_.stored != Stored::float32 && dim_ * element == 4 * queries_.steps;
+    const int most = queries_.n > kTile ? 1 : kTogether;
+    int n = 0;
+    for (int64_t block = args_.first_block; block < args_.last_block; block++) {
+      block_ = blocks_ + n;
+      if (open(block)) {
+        set_thresholds();
+        n++;
+      }
+      if (n == most || (n > 0 && block + 1 == args_.last_block)) {
+        if (element == 1) {
+          tiles<true>(n);
+        } else {
+          tiles<false>(n);
+        }
+        n = 0;
+      }
+    }
+  }
 
   // --- rows ----------------------------------------------------------------------------------------------------------
 
@@ -73,36 +96,38 @@ class Scan {
   bool open(int64_t block) {
     const int64_t first = block * kBlock, n = args_.some == nullptr ? table_.n_rows : args_.n_some;
     const int64_t here = n - first < kBlock ? n - first : kBlock;
-    block_.valid = here == kBlock ? ~uint64_t{0} : (uint64_t{1} << here) - 1u;
-    if (args_.allowed != nullptr) block_.valid &= args_.allowed[block];
-    if (block_.valid == 0) return false;
-    block_.first = static_cast<int32_t>(first);
-    block_.in_place = here == kBlock && args_.some == nullptr;
+    block_->valid = here == kBlock ? ~uint64_t{0} : (uint64_t{1} << here) - 1u;
+    if (args_.allowed != nullptr) block_->valid &= args_.allowed[block];
+    if (block_->valid == 0) return false;
+    block_->first = static_cast<int32_t>(first);
+    block_->in_place = here == kBlock && args_.some == nullptr;
     if (args_.some == nullptr) {
-      block_.numbers = nullptr;
-      block_.bound = table_.bounds[block];
+      block_->numbers = nullptr;
+      block_->bound = table_.bounds[block];
       const char* row = table_.row(first);
-      for (int64_t i = 0; i < here; i++) block_.rows[i] = row + i * table_.row_bytes;
+      block_->rows[0] = row;
+      if (in_tiles_ && block_->in_place) return true;
+      for (int64_t i = 1; i < here; i++) block_->rows[i] = row + i * table_.row_bytes;
     } else {
-      block_.numbers = args_.some + first;
-      block_.bound = Bound{0.0f, 0.0f, 0.0f, 0.0f};
+      block_->numbers = args_.some + first;
+      block_->bound = Bound{0.0f, 0.0f, 0.0f, 0.0f};
       for (int64_t i = 0; i < here; i++) {
-        const int64_t number = block_.numbers[i];
+        const int64_t number = block_->numbers[i];
         const Bound& bound = table_.bounds[number / kBlock];
-        if (bound.norm > block_.bound.norm) block_.bound.norm = bound.norm;
-        if (bound.residual > block_.bound.residual) block_.bound.residual = bound.residual;
-        block_.rows[i] = table_.row(number);
+        if (bound.norm > block_->bound.norm) block_->bound.norm = bound.norm;
+        if (bound.residual > block_->bound.residual) block_->bound.residual = bound.residual;
+        block_->rows[i] = table_.row(number);
       }
-      for (int64_t i = here; i < kBlock && first + i < args_.n_some; i++) block_.rows[i] = zeros_;
+      for (int64_t i = here; i < kBlock && first + i < args_.n_some; i++) block_->rows[i] = zeros_;
     }
-    for (int64_t i = here; i < kBlock; i++) block_.rows[i] = zeros_;
+    for (int64_t i = here; i < kBlock; i++) block_->rows[i] = zeros_;
     return true;
   }
 
   // Row i of the block after the next, while row i of this one is read.
   FASTDIFF_INLINE void prefetch(int64_t i) const {
 #if defined(__AVX2__)
-    const int64_t ahead = block_.first + kAhead * kBlock + i;
+    const int64_t ahead = block_->first + kAhead * kBlock + i;
     const char* row;
     if (args_.some != nullptr) {
       if (ahead >= args_.n_some) return;
@@ -122,12 +147,12 @@ class Scan {
     prefetch(i);
     switch (table_.stored) {
       case Stored::float32:
-        return reinterpret_cast<const float*>(block_.rows[i]);
+        return reinterpret_cast<const float*>(block_->rows[i]);
       case Stored::bfloat16:
-        widen_bfloat16(block_.rows[i], dim_, space);
+        widen_bfloat16(block_->rows[i], dim_, space);
         return space;
       default:
-        widen_int8(block_.rows[i], block_.bound.scale, dim_, space);
+        widen_int8(block_->rows[i], block_->bound.scale, dim_, space);
         return space;
     }
   }
@@ -150,7 +175,7 @@ class Scan {
     for (int group = 0; group < 4; group++) {
       const float* rows[16];
       for (int i = 0; i < 16; i++) {
-        const char* row = block_.rows[group * 16 + i];
+        const char* row = block_->rows[group * 16 + i];
         prefetch(group * 16 + i);
         if (table_.stored == Stored::float32 || bytes != 4 * steps) {
           char* space = reinterpret_cast<char*>(wide_) + i * row_;
@@ -188,7 +213,7 @@ class Scan {
   // --- thresholds ----------------------------------------------------------------------------------------------------
 
   float slack(int64_t q) const {
-    return queries_.by_residual[q] * block_.bound.residual + queries_.by_norm[q] * block_.bound.norm + queries_.tiny[q];
+    return queries_.by_residual[q] * block_->bound.residual + queries_.by_norm[q] * block_->bound.norm + queries_.tiny[q];
   }
 
   bool whole() const { return args_.product == Product::int8 || args_.product == Product::int8_tiles; }
@@ -202,7 +227,7 @@ class Scan {
     // sum >= zero + (floor - slack) / (scales), rounded down by more than the division may round up
     int32_t* out = whole_thresholds();
     for (int64_t q = 0; q < queries_.n_padded; q++) {
-      float low = (slot_.floor[q] - slack(q)) / (queries_.scale[q] * block_.bound.scale);
+      float low = (slot_.floor[q] - slack(q)) / (queries_.scale[q] * block_->bound.scale);
       low = low < -0x1p30f ? -0x1p30f : low;
       low = low > 0x1p30f ? 0x1p30f : low;
       low -= (low < 0.0f ? -low : low) * 0x1p-20f + 1.0f;
@@ -213,10 +238,10 @@ class Scan {
   // --- what is kept --------------------------------------------------------------------------------------------------
 
   FASTDIFF_INLINE void keep(int64_t q, int64_t i, float score) {
-    if (!((block_.valid >> i) & 1u)) return;
+    if (!((block_->valid >> i) & 1u)) return;
     const float room = slack(q), high = score + room;
     if (!(high >= slot_.floor[q])) return;
-    const int32_t number = block_.numbers == nullptr ? block_.first + static_cast<int32_t>(i) : block_.numbers[i];
+    const int32_t number = block_->numbers == nullptr ? block_->first + static_cast<int32_t>(i) : block_->numbers[i];
     if (args_.denied != nullptr) {
       const Denied& denied = args_.denied[q];
       if (denied.places != nullptr && denied.has(static_cast<uint32_t>(number))) return;
@@ -229,7 +254,7 @@ class Scan {
   }
 
   float score_of(int64_t q, int32_t sum) const {
-    return static_cast<float>(sum - queries_.zero[q]) * (queries_.scale[q] * block_.bound.scale);
+    return static_cast<float>(sum - queries_.zero[q]) * (queries_.scale[q] * block_->bound.scale);
   }
 
   // --- products with vectors -----------------------------------------------------------------------------------------
@@ -345,45 +370,59 @@ class Scan {
   // --- products with AMX's tiles -------------------------------------------------------------------------------------
 
 #if defined(__AMX_TILE__)
+  // Blocks 0 .. n - 1; with more than one there is one tile of queries.
   template <bool int8>
-  void tiles() {
+  void tiles(int n) {
     const int64_t steps = queries_.steps / 16, width = 64 * steps;
-    const char* rows = block_.rows[0];
-    int64_t apart = table_.row_bytes;
+    const char* rows[kTogether];
+    int64_t apart[kTogether];
     const char *next = nullptr, *next_end = nullptr;  // what is still to be fetched of the rows ahead
-    const bool as_stored = table_.stored != Stored::float32 && dim_ * (int8 ? 1 : 2) == width;
-    if (!block_.in_place || !as_stored) {
-      for (int64_t i = 0; i < kBlock; i++) {
-        prefetch(i);
-        narrow_row(block_.rows[i], packed_ + i * width, width);
+    for (int i = 0; i < n; i++) {
+      block_ = blocks_ + i;
+      if (in_tiles_ && block_->in_place) {
+        rows[i] = block_->rows[0];
+        apart[i] = table_.row_bytes;
+        continue;
       }
-      rows = packed_;
-      apart = width;
-    } else {
-      const int64_t ahead = block_.first + kAhead * kBlock;
-      if (ahead + kBlock <= table_.n_rows) next = table_.row(ahead), next_end = next + kBlock * table_.row_bytes;
+      char* packed = packed_ + i * kBlock * width;
+      for (int64_t row = 0; row < kBlock; row++) {
+        prefetch(row);
+        narrow_row(block_->rows[row], packed + row * width, width);
+      }
+      rows[i] = packed;
+      apart[i] = width;
+    }
+    const int64_t ahead = block_->first + (n == 1 ? kAhead : 2 * kTogether - n + 1) * kBlock;
+    if (in_tiles_ && block_->in_place && ahead + n * kBlock <= table_.n_rows) {
+      next = table_.row(ahead);
+      next_end = next + n * kBlock * table_.row_bytes;
     }
     // each result is looked at while the next is being computed
     constexpr int64_t kSums = kBlock * kTile * 4;
-    const int64_t n_tiles = (queries_.n + kTile - 1) / kTile, words = queries_.steps * kTile;
+    const int64_t n_tiles = n > 1 ? n : (queries_.n + kTile - 1) / kTile, words = queries_.steps * kTile;
     const int64_t share = round_up((next_end - next + n_tiles - 1) / n_tiles, 64);
     const auto fetch = [&] {  // a share at a time: more requests at once would wait for one another
       for (const char* end = next_end - next < share ? next_end : next + share; next < end; next += 64) {
         _mm_prefetch(next, _MM_HINT_T1);
       }
     };
+    const auto block_of = [&](int64_t tile) { return n > 1 ? tile : 0; };
+    const auto query_of = [&](int64_t tile) { return n > 1 ? 0 : tile; };
     Highest<int8> highest;
     fetch();
-    dot_with_tiles<int8>(rows, apart, queries_.words, steps, sums_, nullptr, highest.group);
+    dot_with_tiles<int8>(rows[0], apart[0], queries_.words, steps, sums_, nullptr, highest.group);
     for (int64_t tile = 1; tile < n_tiles; tile++) {
       char* before = sums_ + (tile - 1) % 2 * kSums;
       fetch();
-      dot_with_tiles<int8>(rows, apart, queries_.words + tile * words, steps, sums_ + tile % 2 * kSums, before, highest.group);
-      compare_tile<int8>((tile - 1) * kTile, before, highest);
+      dot_with_tiles<int8>(rows[block_of(tile)], apart[block_of(tile)], queries_.words + query_of(tile) * words, steps,
+                           sums_ + tile % 2 * kSums, before, highest.group);
+      block_ = blocks_ + block_of(tile - 1);
+      compare_tile<int8>(query_of(tile - 1) * kTile, before, highest);
     }
     char* last = sums_ + (n_tiles - 1) % 2 * kSums;
     for (int group = 0; group < 4; group++) highest.group[group] = highest_of_rows<int8>(last + group * 1024, 0, 16);
-    compare_tile<int8>((n_tiles - 1) * kTile, last, highest);
+    block_ = blocks_ + block_of(n_tiles - 1);
+    compare_tile<int8>(query_of(n_tiles - 1) * kTile, last, highest);
   }
 
   // Of each 16 rows the highest sum of each of 16 queries.
@@ -400,7 +439,7 @@ class Scan {
 
   template <bool int8>
   FASTDIFF_INLINE void compare_tile(int64_t q, const char* sums, const Highest<int8>& highest) {
-    const __m512i threshold = _mm512_loadu_si512(thresholds_ + 4 * q);
+    const __m512i threshold = _mm512_loadu_si512(threshold_space() + 4 * q);
     const __m512i all = higher<int8>(higher<int8>(highest.group[0], highest.group[1]),
                                      higher<int8>(highest.group[2], highest.group[3]));
     if (__builtin_expect(reach<int8>(all, threshold) == 0, 1)) return;
@@ -409,7 +448,7 @@ class Scan {
 
   template <bool int8>
   __attribute__((noinline)) void look_closer(int64_t q, const char* sums, const Highest<int8>& highest) {
-    const __m512i threshold = _mm512_loadu_si512(thresholds_ + 4 * q);
+    const __m512i threshold = _mm512_loadu_si512(threshold_space() + 4 * q);
     for (int group = 0; group < 4; group++) {
       if (reach<int8>(highest.group[group], threshold) == 0) continue;
       for (int row = group * 16; row < group * 16 + 16; row++) {
@@ -427,7 +466,7 @@ class Scan {
   }
 #else
   template <bool int8>
-  void tiles() {}
+  void tiles(int) {}
 #endif
 
   const ScanArgs& args_;
@@ -438,7 +477,9 @@ class Scan {
   int64_t row_;
   float* wide_;
   char *packed_, *zeros_, *sums_, *thresholds_;
-  Block block_;
+  bool in_tiles_ = false;  // whether blocks that lie in memory as the tiles want them are left there
+  Block blocks_[kTogether];
+  Block* block_ = blocks_;
 };
 
 }  // namespace
@@ -447,8 +488,9 @@ void topk_scan(const ScanArgs& args) {
 #if defined(__AMX_TILE__)
   const bool tiles = args.product == Product::bfloat16_tiles || args.product == Product::int8_tiles;
   if (tiles) {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
+    // constant data: GCC 12 believes that the instruction reads 8 bytes, and leaves out the writing of the others
+    static constexpr TileShapes kShapes;
+    _tile_loadconfig(&kShapes);
   }
   Scan(args).run();
   if (tiles) _tile_release();
