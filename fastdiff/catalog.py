@@ -296,8 +296,8 @@ class ItemCatalog:
         _check_k(k)
         device = self.device
         if published:
-            filters = (exclude_rows, candidate_rows, user_exclude, user_candidates)
-            if any(given is not None for given in filters):
+            unfiltered = exclude_rows is None and candidate_rows is None
+            if not (unfiltered and user_exclude is None and user_candidates is None):
                 raise InvalidArgument("ItemCatalog.topk: published=True takes no filters; use published=False")
             n_rows = self.n_rows if n_published_rows is None else n_published_rows
             if not 0 <= n_rows <= self.n_rows:

@@ -169,7 +169,8 @@ def _to_numpy(tensor: Tensor, name: str) -> npt.NDArray[Any]:
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise InvalidHistory(f"generate: {name} has dtype {dtype}; item ids are integers: convert with .long()")
-    return tensor.detach().cpu().numpy()
+    array: npt.NDArray[Any] = (tensor if tensor.is_cpu else tensor.cpu()).numpy()
+    return array
 
 
 def _check_dtype(values: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
