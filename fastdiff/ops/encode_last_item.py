@@ -47,7 +47,7 @@ class LastItemBlock:
 def encode_last_item_ref(items: Tensor, lengths: Tensor, item_table: Tensor, block: LastItemBlock) -> Tensor:
     """h [B, D] = LN3(LN_ff(W_2 relu(W_1 z + b_1) + b_2 + z) 1[s_last is an item]), z = LN2(q + attention(q)), with
 
-        e_j = (E[s_j] + P_j) 1[s_j != pad]     q = LN1(e_last)     attention = W_v sum_j softmax_j(qk(q) . e_j) e_j + b_v
+        e_j = (E[s_j] + P_j) 1[s_j != pad]    q = LN1(e_last)    attention = W_v sum_j softmax_j(qk(q) . e_j) e_j + b_v
 
     over the places j = 0 .. last. As the authors have it, a key whose features sum to exactly 0 is masked, and so is
     the attention of a query whose own do; where every key of a row is masked, each of all L places weighs 1 / L. An

@@ -1,4 +1,4 @@
-"""philox_normals on every backend that can run here: the layout of its counters, its values, and what they depend on."""
+"""philox_normals on every backend that can run here: the layout of its counters, values, what they depend on."""
 
 import math
 
