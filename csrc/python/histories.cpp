@@ -134,6 +134,7 @@ py::object result(const Packing& packing) {
 // The item ids of one catalogue snapshot, and what reads lists of them.
 class ItemIndex {
  public:
+  ItemIndex() { py::detail::npy_api::get(); }  // imports numpy, which runs Python code: not in the loops, then
   virtual ~ItemIndex() = default;
 
   // False where something is not to be read here.
