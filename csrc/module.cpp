@@ -113,7 +113,7 @@ std::map<std::string, bool> cpu_capabilities() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "How this build of fastdiff was made, what the CPU of this machine can do, and the packing of histories.";
+  module.doc() = "How this build of fastdiff was made, what the CPU of this machine can do, the packing of histories.";
   module.def("build_facts", &build_facts, "dict[str, str]: compiler, C++ standard and options of this build.");
   module.def("cpu_capabilities", &cpu_capabilities,
              "dict[str, bool]: instruction sets usable here, asked at run time; empty where that cannot be asked.");

@@ -7,9 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <stdexcept>
-#include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -257,8 +256,8 @@ void bind_item_index(py::module_& module) {
             return self.pack(histories.ptr(), Format{true, pad_id, pad_inside, max_seq_len});
           },
           py::arg("histories"), py::arg("pad_id"), py::arg("pad_inside"), py::arg("max_seq_len"),
-          "(window [B, n], lengths [B], rows, offsets [B + 1], row_key [B]), all int64; None where the histories are not "
-          "lists, tuples or arrays of ids that are known.")
+          "(window [B, n], lengths [B], rows, offsets [B + 1], row_key [B]), all int64; None where the histories are "
+          "not lists, tuples or arrays of ids that are known.")
       .def(
           "lists", [](const ItemIndex& self, py::handle lists) { return self.lists(lists.ptr()); }, py::arg("lists"),
           "(rows, offsets [B + 1]) of B lists without padding; None as for `pack`.");

@@ -28,9 +28,9 @@ class RowIndex {
   std::vector<int64_t> special_;
 };
 
-// Ids that are any integers: a sorted copy, cut into at most 2n equal stretches of numbers. A look-up goes to the start of
-// its stretch and bisects inside: ids that are dense or evenly spread are found at once, and however they lie it takes no
-// more than log2(n) steps.
+// Ids that are any integers: a sorted copy, cut into at most 2n equal stretches of numbers. A look-up goes to the start
+// of its stretch and bisects inside: ids that are dense or evenly spread are found at once, and however they lie it takes
+// no more than log2(n) steps.
 class IntegerIndex {
  public:
   // ids [n] ascending, each once; rows [n]. Both are kept, not copied.
@@ -47,7 +47,8 @@ class IntegerIndex {
     starts_.resize(n_stretches + 1);
     uint64_t next = 0;
     for (int64_t i = 0; i < n; ++i) {
-      for (const uint64_t own = distance(ids[i]) >> shift_; next <= own; ++next) starts_[next] = static_cast<uint32_t>(i);
+      const uint64_t own = distance(ids[i]) >> shift_;
+      for (; next <= own; ++next) starts_[next] = static_cast<uint32_t>(i);
     }
     for (; next <= n_stretches; ++next) starts_[next] = static_cast<uint32_t>(n);
   }

@@ -99,7 +99,9 @@ class Packing {
     return h ^ (h >> 31);
   }
 
-  int64_t window_length(size_t user) const { return std::min(offsets_[user + 1] - offsets_[user], format_.max_seq_len); }
+  int64_t window_length(size_t user) const {
+    return std::min(offsets_[user + 1] - offsets_[user], format_.max_seq_len);
+  }
 
   bool strip() {
     const auto begin = rows_.begin() + offsets_.back();

@@ -52,7 +52,7 @@ void test_ids() {
     find_all(clustered, draws);
   }
   const RowIndex rows(10, {0, 4});
-  for (const int64_t id : {kLow, int64_t{-1}, int64_t{0}, int64_t{4}, int64_t{10}, kHigh}) EXPECT(rows.find(id) == -1, id);
+  for (const int64_t id : std::vector<int64_t>{kLow, -1, 0, 4, 10, kHigh}) EXPECT(rows.find(id) == -1, id);
   for (const int64_t id : {1, 3, 5, 9}) EXPECT(rows.find(id) == id, id);
 }
 
@@ -125,10 +125,9 @@ void test_packing(const Format& format, bool padded) {
         EXPECT(window[user * width + j] == row, "window ", window[user * width + j], ", not ", row);
       }
     }
-    EXPECT((keys[0] == keys[1]) ==
-               (lengths[0] == lengths[1] && std::equal(window.begin(), window.begin() + static_cast<std::ptrdiff_t>(width),
-                                                       window.begin() + static_cast<std::ptrdiff_t>(width))),
-           "row keys of history ", i);
+    const auto second = window.begin() + static_cast<std::ptrdiff_t>(width);
+    const bool equal = lengths[0] == lengths[1] && std::equal(window.begin(), second, second);
+    EXPECT((keys[0] == keys[1]) == equal, "row keys of history ", i);
   }
   Packing packing(format);
   EXPECT(!packing.add(50, index));
