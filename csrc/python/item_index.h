@@ -29,8 +29,8 @@ class RowIndex {
 };
 
 // Ids that are any integers: a sorted copy, cut into at most 2n equal stretches of numbers. A look-up goes to the start
-// of its stretch and bisects inside: ids that are dense or evenly spread are found at once, and however they lie it takes
-// no more than log2(n) steps.
+// of its stretch and bisects inside: ids that are dense or evenly spread are found at once, and however they lie it
+// takes no more than log2(n) steps.
 class IntegerIndex {
  public:
   // ids [n] ascending, each once; rows [n]. Both are kept, not copied.
