@@ -85,7 +85,7 @@ class Provider:
     gated        the call whose output is checked, where `run` draws its own noise: the same call with its draws given
     backend      "eager" for others; for fastdiff, what its ops run on
     flops, bytes  of one call, where the problem itself fixes them; else flops of matrix products are counted
-    arithmetic   of those flops: a key of the ceilings, "float32", "bfloat16" or "int8"
+    arithmetic   of those flops: "float32", "bfloat16", "int8"; or the fastest of several, "float32 or bfloat16"
     setup        seconds that were spent once, before any call, and would be spent at load
     once         so slow, or measuring itself (`Measured`), that it is run once
     approximate  its promise is less than the case asks of others: shown, and compared apart

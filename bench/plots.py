@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.roofline import achieved
-from bench.rows import Row, label, seconds
+from bench.rows import Row, digits, label, seconds
 from bench.tables import NOISY, Comparison, comparisons, is_other, is_ours, params_text
 
 COLOURS = {
@@ -85,8 +85,7 @@ def _ratios(pyplot: Any, group: Sequence[Comparison]) -> Any:
     values = [bar[1] for bar in bars]
     axis.barh(range(len(bars)), [v - 1 for v in values], left=1, color=[COLOURS.get(b[2], ASIDE) for b in bars])
     for place, (_, value, _, other) in enumerate(bars):
-        text = f"{value:,.0f}x" if value >= 100 else f"{value:.2g}x"
-        axis.text(max(value, 1.0) * 1.05, place, f"{text} {other}", va="center", fontsize=7)
+        axis.text(max(value, 1.0) * 1.05, place, f"{digits(value)}x {other}", va="center", fontsize=7)
     axis.set_xscale("log")
     axis.set_xlim(min(0.5, 0.8 * min(values)), 8 * max(*values, 1.0))
     axis.axvline(1, color="black", linewidth=0.8)
@@ -140,7 +139,13 @@ def _gains(pyplot: Any, group: Sequence[Comparison]) -> Any:
     kernel = [all_of_it - part for all_of_it, part in zip(whole, algorithmic, strict=True)]
     axis.barh(places, kernel, left=algorithmic, color="#d62728", label="kernel: best of ours")
     for place, (_, first, second) in enumerate(bars):
-        axis.text(max(first * second, first, 1.0) * 1.05, place, f"{first:.3g} x {second:.3g}", va="center", fontsize=7)
+        axis.text(
+            max(first * second, first, 1.0) * 1.05,
+            place,
+            f"{digits(first)} x {digits(second)}",
+            va="center",
+            fontsize=7,
+        )
     axis.set_xscale("log")
     axis.set_xlim(min(0.5, 0.8 * min(algorithmic)), 8 * max(*whole, 1.0))
     axis.axvline(1, color="black", linewidth=0.8)

@@ -133,8 +133,8 @@ def achieved(row: dict[str, Any]) -> Achieved:
     seconds, found = row["median_s"], row["ceilings"]
     rates = {name: row[name] / seconds / 1e9 if row.get(name) else None for name in ("flops", "bytes")}
     shares = []
-    arithmetic = row.get("arithmetic", "float32")
-    product = found.get("gflops" if arithmetic == "float32" else f"gflops_{arithmetic}")
+    usable = row.get("arithmetic", "float32").split(" or ")
+    product = max(found.get("gflops" if kind == "float32" else f"gflops_{kind}") or 0.0 for kind in usable)
     if rates["flops"] and product:
         shares.append((rates["flops"] / product, "compute"))
     if rates["bytes"]:

@@ -26,8 +26,8 @@ def line(row: Row) -> str:
     rates = roofline.achieved(row)
     facts = [f"p10 {seconds(row['p10_s'])}, p90 {seconds(row['p90_s'])}, {row['samples']} samples"]
     facts += [f"error {row['error']:.1g}"]
-    facts += [f"{rate:.3g} {unit}" for rate, unit in ((rates.gflops, "GFLOP/s"), (rates.gbps, "GB/s")) if rate]
-    facts += [f"{100 * rates.share:.2g} % of the roof ({rates.bound})"] if rates.share else []
+    facts += [f"{digits(rate)} {unit}" for rate, unit in ((rates.gflops, "GFLOP/s"), (rates.gbps, "GB/s")) if rate]
+    facts += [f"{per_cent(rates.share)} of the roof ({rates.bound})"] if rates.share else []
     facts += [f"{size(row['peak_bytes'])} more memory"] if row["peak_bytes"] is not None else []
     return f"{name:<28} {seconds(row['median_s']):>9}  ({'; '.join(facts)})"
 
@@ -40,7 +40,7 @@ def seconds(value: float) -> str:
     """Three digits and a unit."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
         if value >= factor:
-            return f"{value / factor:,.0f} {unit}" if value / factor >= 1000 else f"{value / factor:.3g} {unit}"
+            return f"{digits(value / factor)} {unit}"
     return f"{value / 1e-9:.3g} ns"
 
 
@@ -48,8 +48,17 @@ def size(value: float) -> str:
     """Bytes in three digits and a unit."""
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= factor:
-            return f"{value / factor:.3g} {unit}"
+            return f"{digits(value / factor)} {unit}"
     return f"{value:.0f} bytes"
+
+
+def digits(value: float) -> str:
+    """Three digits, and more before the point where there are more: 1,234 and 12.3 and 0.00123."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def per_cent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 
 def append_rows(rows: list[Row], path: Path) -> None:

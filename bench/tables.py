@@ -17,7 +17,7 @@ from typing import Any
 from bench import machine
 from bench.cases import COMPILED
 from bench.roofline import Achieved, achieved
-from bench.rows import Row, label, seconds, size
+from bench.rows import Row, digits, label, per_cent, seconds, size
 
 OURS = "fastdiff"
 NOISY = "†"
@@ -185,8 +185,8 @@ def _provider(row: Row, batch: int) -> list[str]:
         f"{seconds(row['p10_s'])} .. {seconds(row['p90_s'])}" if row["samples"] > 1 else NONE,
         seconds(row["median_s"] / batch),
         NONE if row.get("peak_bytes") is None else size(row["peak_bytes"]),
-        NONE if rates.gflops is None else f"{rates.gflops:,.3g}" if rates.gflops < 1000 else f"{rates.gflops:,.0f}",
-        NONE if rates.gbps is None else f"{rates.gbps:.3g}",
+        NONE if rates.gflops is None else digits(rates.gflops),
+        NONE if rates.gbps is None else digits(rates.gbps),
         share(rates, bound=True),
         str(row["samples"]),
         error,
@@ -197,7 +197,7 @@ def _provider(row: Row, batch: int) -> list[str]:
 def share(rates: Achieved, bound: bool = False) -> str:
     if rates.share is None:
         return NONE
-    return f"{100 * rates.share:.2g} %" + (f" {rates.bound}" if bound else "")
+    return per_cent(rates.share) + (f" {rates.bound}" if bound else "")
 
 
 def case_name(row: Row) -> str:
@@ -214,8 +214,7 @@ def params_text(params: dict[str, Any]) -> str:
 def ratio(slow: Row | None, fast: Row | None) -> str:
     if slow is None or fast is None:
         return NONE
-    value = slow["median_s"] / fast["median_s"]
-    return f"{value:,.0f}x" if value >= 100 else f"{value:.3g}x"
+    return f"{digits(slow['median_s'] / fast['median_s'])}x"
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], drop_empty: bool = False) -> str:

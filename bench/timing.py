@@ -29,7 +29,7 @@ COLD_BELOW = 1e-2
 @dataclass(frozen=True)
 class Budget:
     """How long one contender is timed: for `seconds`, within bounds on the number of samples; slow ones get at least
-    `few_samples`, or as many as fit in `max_seconds`."""
+    `few_samples`, or as many as fit in `max_seconds`; one that is longer than that is timed once."""
 
     seconds: float = 1.0
     min_samples: int = 7
@@ -43,7 +43,8 @@ class Budget:
         sample = calls * estimate
         samples = min(max(math.ceil(self.seconds / sample), self.min_samples), self.max_samples)
         if samples * sample > self.max_seconds:
-            samples = max(self.few_samples, int(self.max_seconds / sample))
+            few = self.few_samples if sample <= self.max_seconds else 1
+            samples = max(few, int(self.max_seconds / sample))
         return samples, calls
 
 

@@ -109,8 +109,8 @@ def test_a_slow_provider_with_a_check_of_its_own_is_timed_once(session: Session)
 
 @pytest.mark.parametrize(
     ("estimate", "samples", "calls"),
-    [(3e-6, 300, 67), (1e-2, 100, 1), (0.5, 7, 1), (2.0, 4, 1), (60.0, 3, 1)],
-    ids=["micro", "milli", "min", "bounded", "few"],
+    [(3e-6, 300, 67), (1e-2, 100, 1), (0.5, 7, 1), (2.0, 4, 1), (5.0, 3, 1), (60.0, 1, 1)],
+    ids=["micro", "milli", "min", "bounded", "few", "once"],
 )
 def test_budget(estimate: float, samples: int, calls: int) -> None:
     assert Budget().plan(estimate) == (samples, calls)

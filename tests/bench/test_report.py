@@ -111,6 +111,7 @@ def test_the_roof_is_that_of_the_arithmetic_and_of_the_size_of_the_table() -> No
     row = a_row("fastdiff", 0.1, "cpu", bytes=None)
     assert achieved(row).share == pytest.approx(0.1)  # 1e9 operations in 0.1 s of 100 GFLOP/s
     assert achieved({**row, "arithmetic": "bfloat16"}).share == pytest.approx(0.05)
+    assert achieved({**row, "arithmetic": "float32 or bfloat16"}).share == pytest.approx(0.05)
     small, large = achieved({**row, "bytes": 1 << 20}), achieved({**row, "bytes": 1 << 30})
     assert (small.bound, large.bound) == ("compute", "memory")
     assert small.gbps == pytest.approx((1 << 20) / 1e8)
