@@ -1,8 +1,4 @@
 // levels: baseline avx2 avx512
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of the headers of GCC 12
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 #include "dot_panel.h"
 #include "score_topk_exact.h"
 

@@ -24,7 +24,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLargest = 0x1p126;        // scores below this cannot overflow float32 on the way
 constexpr int64_t kWidest = 1 << 16;        // wider vectors are scored by the definition: the bounds would be loose
 constexpr int64_t kBufferBytes = 32 << 20;  // for what scans keep, all threads and queries together
-constexpr int64_t kGrowthBytes = 16 << 20;  // for the queries that need more than that
 constexpr int64_t kFewRows = 256;           // tables up to this size are scored by the definition
 
 // --- the order --------------------------------------------------------------------------------------------------------
@@ -372,7 +371,7 @@ struct Job {
   Floors floors;
   float (*const floor_of)(const float*, int64_t, int64_t) = FASTDIFF_PICK(topk_floor);
   int64_t (*const prune)(Kept&, float) = FASTDIFF_PICK(topk_prune);
-  std::atomic<int64_t> may_grow{kGrowthBytes};
+  std::atomic<int64_t> may_grow{search.spare_bytes};
   std::unique_ptr<std::atomic<bool>[]> given_up;
 
   Job(const Search& search, int64_t k, const Queries& queries, int64_t capacity)

@@ -24,6 +24,7 @@ struct Search {
   const bool* allowed = nullptr;    // [n_rows]
   Lists exclude, candidates;
   int threads = 1;
+  int64_t spare_bytes = 16 << 20;  // for queries of whom many rows are within the bound; beyond it they go another way
   int64_t* rows;   // [n_queries, k]
   float* scores;   // [n_queries, k]
 };

@@ -439,6 +439,107 @@ def test_scan_dtypes() -> None:
     assert ScanTable.build(item_emb).chunks == (item_emb,)
 
 
+# --- the C++ engine ---------------------------------------------------------------------------------------------------
+
+needs_cpu = pytest.mark.skipif("cpu" not in score_topk.available("cpu"), reason="the C++ ops are not built")
+
+
+@needs_cpu
+@pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
+def test_threads_change_nothing(scan_dtype: torch.dtype) -> None:
+    query, item_emb = gaussian(70, 40_000, 24)
+    item_emb[20_000:20_500] = item_emb[:500]
+    scan = scan_of(item_emb, scan_dtype)
+    op = score_topk.bind("cpu", "cpu")
+    truth = module.score_topk_ref(query, item_emb, 60)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert_same(op(query, item_emb, 60, scan=scan), truth)
+    assert_same(op(query, item_emb, 60), truth)
+    assert_same(op(query, item_emb, 60, scan=ScanTable.build(item_emb, None)), truth)
+
+
+@needs_cpu
+def test_a_sample_that_misleads_costs_only_time() -> None:
+    """The sample is one block of 32; here it holds all the best rows, so it promises more than the table keeps."""
+    query, item_emb = torch.rand(3, 8) + 0.1, torch.rand(40_000, 8)
+    sampled = torch.arange(40_000) // 64 % 32 == 0
+    item_emb[sampled] += 5.0
+    item_emb[sampled.nonzero()[60:, 0]] -= 5.0
+    op = score_topk.bind("cpu", "cpu")
+    for dtype in SCANS:
+        found = op(query, item_emb, 100, scan=scan_of(item_emb, dtype))
+        assert_same(found, module.score_topk_ref(query, item_emb, 100))
+
+
+@pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
+def test_tables_grow_and_change_like_tables_built_at_once(
+    scan_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topk_scan, "CHUNK", 256)
+    item_emb = torch.randn(1000, 8)
+    scan = before = scan_of(item_emb[:300], scan_dtype)
+    old = [chunk.clone() for chunk in scan.chunks]
+    for n in (301, 512, 513, 1000):
+        scan = scan.append(item_emb[:n])
+        assert scan.n_rows == n
+    item_emb = item_emb.clone()
+    at = torch.tensor([3, 400, 999, 401])
+    item_emb[at] = 7.0 * torch.randn(4, 8)
+    grown, scan = scan, scan.replace(at, item_emb)
+    whole = scan_of(item_emb, scan_dtype)
+    assert torch.equal(scan.bounds, whole.bounds)
+    assert len(scan.chunks) == len(whole.chunks)
+    for chunk, other in zip(scan.chunks, whole.chunks, strict=True):
+        assert torch.equal(chunk, other)
+    assert all(torch.equal(chunk, kept) for chunk, kept in zip(before.chunks, old, strict=True))
+    if scan_dtype != torch.float32:
+        assert scan.chunks[2] is grown.chunks[2]  # rows 512 .. 767, which no change touched
+        assert scan.chunks[0] is not grown.chunks[0]
+    front = scan[:500]
+    assert front.n_rows == 500
+    assert torch.equal(front.bounds, whole.bounds[:8])
+
+
+def test_tables_packed_in_cpp_and_in_torch_agree() -> None:
+    item_emb = torch.randn(333, 20) * torch.logspace(-3, 3, 333)[:, None]
+    for dtype in SCANS:
+        rows, bounds = topk_scan._pack_in_torch(item_emb, dtype)
+        table = scan_of(item_emb, dtype)
+        torch.testing.assert_close(table.bounds, bounds, rtol=1e-5, atol=1e-30)
+        if dtype == torch.int8:
+            assert int((table.chunks[0].int() - rows.int()).abs().max()) <= 1
+        elif dtype == torch.bfloat16:
+            assert torch.equal(table.chunks[0], rows)
+
+
+@needs_cpu
+def test_an_uncertified_scan_orders_what_it_finds_by_the_definition() -> None:
+    query, item_emb = gaussian(20, 30_000, 32)
+    truth = module.score_topk_ref(query, item_emb, 50)
+    op = score_topk.bind("cpu", "cpu")
+    for dtype in SCANS:
+        rows, scores = op(query, item_emb, 50, scan=ScanTable.build(item_emb, dtype, certified=False))
+        common = sum(len(set(a.tolist()) & set(b.tolist())) for a, b in zip(rows, truth[0], strict=True)) / 1000
+        assert common >= 0.9
+        users = torch.arange(20)[:, None].expand_as(rows)
+        exact = topk_definition.pair_scores(query, item_emb, users.flatten(), rows.flatten())
+        assert torch.equal(exact.view_as(scores), scores)
+        assert bool((scores.diff(dim=1) <= 0).all())
+
+
+@needs_cpu
+def test_opcheck() -> None:
+    query, item_emb = gaussian(3, 700, 12)
+    for layout in (item_emb, item_emb.T.contiguous().T, torch.cat([item_emb, item_emb], 1)[:, :12]):
+        scan = scan_of(layout, torch.int8)
+        lists = UserLists.from_lists([[1, 2], [], [3]])
+        arguments = (query, layout, 5, torch.rand(700) < 0.9, lists.values, lists.offsets, None, None, 2)
+        torch.library.opcheck(torch.ops.fastdiff.score_topk.default, (*arguments, list(scan.chunks), scan.bounds, True))
+        for stored in (0, 1, 2):
+            torch.library.opcheck(torch.ops.fastdiff.topk_pack.default, (layout, stored))
+
+
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
