@@ -75,10 +75,10 @@ def _ratios(pyplot: Any, group: Sequence[Comparison]) -> Any:
     for one in group:
         for provider in one.our_providers:
             ours, other = one.ours(provider), one.best_other
-            if ours is not None and other is not None and not one.of_memory:
-                bars.append(
-                    (f"{_short(one)}  {label(ours)}", other["median_s"] / ours["median_s"], provider, label(other))
-                )
+            if ours is None or other is None or ours.get("approximate") or one.of_memory:
+                continue
+            faster = other["median_s"] / ours["median_s"]
+            bars.append((f"{_short(one)}  {label(ours)}", faster, provider, label(other)))
     if not bars:
         return None
     drawn, axis = _bars(pyplot, [bar[0] for bar in bars], "times faster than the strongest rival (log scale)")
@@ -87,7 +87,7 @@ def _ratios(pyplot: Any, group: Sequence[Comparison]) -> Any:
     for place, (_, value, _, other) in enumerate(bars):
         axis.text(max(value, 1.0) * 1.05, place, f"{digits(value)}x {other}", va="center", fontsize=7)
     axis.set_xscale("log")
-    axis.set_xlim(min(0.5, 0.8 * min(values)), 8 * max(*values, 1.0))
+    axis.set_xlim(min(0.5, 0.8 * min(values)), 20 * max(*values, 1.0))
     axis.axvline(1, color="black", linewidth=0.8)
     return drawn
 
@@ -203,7 +203,7 @@ def _panel(axis: Any, group: Sequence[Comparison], handles: dict[str, Any]) -> N
             if row["status"] == "ok":
                 series.setdefault(label(row), []).append(row)
     for number, (name, points) in enumerate(series.items()):
-        aside = 0.04 * (number - (len(series) - 1) / 2)  # so that bars of spread do not hide each other
+        aside = 0.4 * (number / max(1, len(series) - 1) - 0.5)  # so that bars of spread do not hide each other
         medians = [row["median_s"] for row in points]
         below = [row["median_s"] - row["p10_s"] for row in points]
         above = [row["p90_s"] - row["median_s"] for row in points]
@@ -219,7 +219,7 @@ def _panel(axis: Any, group: Sequence[Comparison], handles: dict[str, Any]) -> N
         )
     axis.set_yscale("log")
     axis.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-    axis.set_xlim(-0.3, len(batches) - 0.7)
+    axis.set_xlim(-0.4, len(batches) - 0.6)
     axis.set_xlabel("users in the batch")
     axis.grid(True, which="major", alpha=0.3)
     axis.yaxis.set_major_formatter(lambda value, _: seconds(value))
