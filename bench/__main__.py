@@ -1,4 +1,4 @@
-"""`python -m bench`: check, then time, every case; append rows; print the table. `make bench` runs this."""
+"""`python -m bench`: check, then time, every case; append rows; write the report. `make bench` runs this."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bench import report
 from bench.cases import PROVIDERS, Case, Options, all_cases
 from bench.harness import Session, measure
 from bench.machine import QUIET
@@ -31,7 +32,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider (default 1)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--output", type=Path, help="rows are appended here (default bench/results/<device>.jsonl)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="rows are appended here, and no report is written (default bench/results/<device>.jsonl)",
+    )
     return parser
 
 
@@ -64,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         append_rows(measured, path)
         rows += measured
     print(f"\n{headline_table(rows)}")
-    print(f"\n{len(rows)} rows appended to {path}; `python -m bench.report` makes the tables and plots from them")
+    print(f"\n{len(rows)} rows appended to {path}")
+    if given.output is None:
+        print(report.write(path, RESULTS))
     noisy = sum((row["others"] or 0.0) > QUIET for row in rows)
     if noisy:
         print(f"!!! {noisy} of them were measured while others used the machine: not to be quoted")

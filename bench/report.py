@@ -99,6 +99,18 @@ def _checks(members: Sequence[Comparison]) -> str:
     return "; ".join(dict.fromkeys(row["against"] for one in members for row in one.rows))
 
 
+def write(path: Path, folder: Path) -> str:
+    """The tables and plots of one file of rows, into `folder`; what was written. Raises ValueError for no rows."""
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path}: holds no rows")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{path.stem}.md"
+    plots = draw_plots(rows, folder, path.stem)
+    target.write_text(markdown(rows, plots), encoding="utf-8")
+    return f"{target}: {len(rows)} rows, {len(plots)} plots"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     command = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").split("\n")[0])
     command.add_argument("--rows", type=Path, nargs="+", help="files of rows (default: every bench/results/*.jsonl)")
@@ -108,18 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = given.rows or sorted(RESULTS.glob("*.jsonl"))
     if not paths:
         command.error("bench/results holds no rows yet; run `python -m bench` first, or name a file with --rows")
-    given.output.mkdir(parents=True, exist_ok=True)
     for path in paths:
         try:
-            rows = read_rows(path)
+            print(write(path, given.output))
         except (OSError, ValueError) as error:
             command.error(str(error))
-        if not rows:
-            command.error(f"{path}: holds no rows")
-        target = given.output / f"{path.stem}.md"
-        plots = draw_plots(rows, given.output, path.stem)
-        target.write_text(markdown(rows, plots), encoding="utf-8")
-        print(f"{target}: {len(rows)} rows, {len(plots)} plots")
     if given.readme is not None:
         from bench.readme import fill
 

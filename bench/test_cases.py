@@ -1,4 +1,4 @@
-"""Every case and provider, for pytest-benchmark: `pytest bench/ --benchmark-only -k "adrec and batch=32"`."""
+"""Every case and provider, for pytest-benchmark: `pytest bench/ --benchmark-only -k tarec`."""
 
 from __future__ import annotations
 

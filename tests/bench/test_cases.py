@@ -179,6 +179,15 @@ def test_yoochoose_without_the_data_has_its_statistics(monkeypatch: pytest.Monke
     assert case.params["data"] == "like YooChoose"
 
 
+def test_the_published_algorithm_over_a_whole_test_set_is_checked_too() -> None:
+    case = yoochoose_case(70, num_train_timesteps=6, hidden_size=8)
+    (published,) = [one for one in case.build(Options(full=True)) if one.name == "published"]
+    assert isinstance(published, Provider)
+    checked = check(published, Options(full=True))
+    assert checked.gate.passed
+    assert checked.timing is not None
+
+
 @pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
 def test_options_decide_who_takes_part() -> None:
     case = score_topk_case(200, 7, 1, dim=8)

@@ -36,6 +36,15 @@ def test_the_command_measures_appends_and_fails_on_WRONG(  # noqa: N802
     assert [row["provider"] for row in read_rows(output)] == ["published", "fastdiff"] * 2 + ["published-compiled"]
 
 
+def test_a_run_ends_with_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Provider("fastdiff", lambda: torch.ones(3), exact, backend="torch")
+    monkeypatch.setattr(roofline, "ceilings", lambda _: CEILINGS)
+    monkeypatch.setattr(command, "all_cases", lambda: [case_of(RIGHT, right)])
+    assert command.main(["--seconds", "0.001"]) == 0
+    assert len(read_rows(tmp_path / "cpu.jsonl")) == 2
+    assert "fastdiff[torch]" in (tmp_path / "cpu.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
