@@ -31,13 +31,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @lru_cache(maxsize=1)
 def _checked(case_id: str, build: Callable[[Options], Any]) -> dict[str, Checked | Absent]:
     """The providers of one case, which its tests share; `build` is a part of the key for its own sake only."""
+    found: dict[str, Checked | Absent] = {}
     with torch.inference_mode():
-        return {
-            provider.name if isinstance(provider, Absent) else provider.label: provider
-            if isinstance(provider, Absent)
-            else check(provider, OPTIONS)
-            for provider in build(OPTIONS)
-        }
+        for provider in build(OPTIONS):
+            if isinstance(provider, Absent):
+                found[provider.name] = provider
+            elif provider.once:
+                found[provider.label] = Absent(provider.name, "it is run once only; python -m bench measures it")
+            else:
+                found[provider.label] = check(provider, OPTIONS)
+    return found
 
 
 @pytest.fixture
@@ -51,8 +54,6 @@ def contender(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[], No
         one = found.get(label) or found[label.partition("[")[0]]
         if isinstance(one, Absent):
             pytest.skip(one.reason)
-        if one.timing is not None:
-            pytest.skip("it is run once only; python -m bench measures it")
         gate = one.gate
         if not gate.passed:
             pytest.fail(f"WRONG: error {gate.error:.2g} > {gate.tolerance:g} against {gate.against}")
