@@ -91,7 +91,8 @@ struct alignas(64) TileShapes {
 
 template <bool int8>
 FASTDIFF_INLINE __m512i higher(__m512i a, __m512i b) {
-  return int8 ? _mm512_max_epi32(a, b) : _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+  return int8 ? _mm512_max_epi32(a, b)
+              : _mm512_castps_si512(_mm512_max_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
 }
 
 // Of rows first .. last - 1 of sums [16, 16], column by column.
@@ -105,8 +106,8 @@ FASTDIFF_INLINE __m512i highest_of_rows(const char* sums, int first, int last) {
   return higher<int8>(even, odd);
 }
 
-// 64 rows, `apart` bytes from one to the next, by 16 queries: sums [64, 16]. Every tile is 16 by 64 bytes. Meanwhile the
-// vectors look at sums that were made before, if any: the highest of each 16 rows.
+// 64 rows, `apart` bytes from one to the next, by 16 queries: sums [64, 16]. Every tile is 16 by 64 bytes. Meanwhile
+// the vectors look at sums that were made before, if any: the highest of each 16 rows.
 template <bool int8>
 FASTDIFF_INLINE void dot_with_tiles(const char* rows, int64_t apart, const uint32_t* queries, int64_t steps, char* sums,
                                     const char* before, __m512i highest[4]) {

@@ -22,8 +22,8 @@ Tensor rows_of(const char* name, const Tensor& table, int64_t dim) {
 
 int64_t bytes_between_rows(const Tensor& table) { return (table.size(0) > 1 ? table.stride(0) : table.size(1)) * 4; }
 
-Lists lists_of(const char* name, const MaybeTensor& values, const MaybeTensor& offsets, int64_t n, MaybeTensor& hold_values,
-               MaybeTensor& hold_offsets) {
+Lists lists_of(const char* name, const MaybeTensor& values, const MaybeTensor& offsets, int64_t n,
+               MaybeTensor& hold_values, MaybeTensor& hold_offsets) {
   Lists lists;
   if (!values.has_value()) return lists;
   FASTDIFF_CHECK(offsets.has_value(), kOp, ": ", name, " needs offsets");
@@ -39,10 +39,11 @@ Lists lists_of(const char* name, const MaybeTensor& values, const MaybeTensor& o
   return lists;
 }
 
-std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_emb, int64_t k, const MaybeTensor& allowed,
-                                      const MaybeTensor& exclude, const MaybeTensor& exclude_offsets,
-                                      const MaybeTensor& candidates, const MaybeTensor& candidate_offsets, int64_t stored,
-                                      std::vector<Tensor> chunks, const Tensor& bounds, bool certified) {
+std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_emb, int64_t k,
+                                      const MaybeTensor& allowed, const MaybeTensor& exclude,
+                                      const MaybeTensor& exclude_offsets, const MaybeTensor& candidates,
+                                      const MaybeTensor& candidate_offsets, int64_t stored, std::vector<Tensor> chunks,
+                                      const Tensor& bounds, bool certified) {
   const Tensor queries = floats(kOp, "query", query, {-1, -1});
   const int64_t n = queries.size(0), dim = queries.size(1);
   const Tensor items = rows_of("item_emb", item_emb, dim);
@@ -56,7 +57,12 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_em
   call.queries = data<float>(queries);
   call.n_queries = n;
   call.k = k;
-  call.items = Table{Stored::float32, item_rows, kOneChunk, bytes_between_rows(items), n_rows, dim,
+  call.items = Table{Stored::float32,
+                     item_rows,
+                     kOneChunk,
+                     bytes_between_rows(items),
+                     n_rows,
+                     dim,
                      reinterpret_cast<const Bound*>(data<float>(all_bounds))};
   call.scan = call.items;
   std::vector<const char*> scan_rows;
@@ -84,7 +90,8 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_em
   call.exclude = lists_of("user_exclude", exclude, exclude_offsets, n, held[0], held[1]);
   call.candidates = lists_of("user_candidates", candidates, candidate_offsets, n, held[2], held[3]);
   call.threads = num_threads();
-  Tensor rows = empty_like_with(queries, {n, k}, ScalarType::Long), scores = empty_like_with(queries, {n, k}, ScalarType::Float);
+  Tensor rows = empty_like_with(queries, {n, k}, ScalarType::Long),
+         scores = empty_like_with(queries, {n, k}, ScalarType::Float);
   call.rows = mutable_data<int64_t>(rows);
   call.scores = mutable_data<float>(scores);
   search(call);
@@ -96,11 +103,12 @@ std::tuple<Tensor, Tensor> topk_pack(const Tensor& item_emb, int64_t stored) {
   FASTDIFF_CHECK(stored >= 0 && stored <= 2, "topk_pack: stored must be 0, 1 or 2 (got ", stored, ")");
   const int64_t n_rows = item_emb.size(0), dim = item_emb.size(1);
   const Tensor items = rows_of("item_emb", item_emb, dim);
-  Tensor rows = empty_like_with(items, {stored == 0 ? 0 : n_rows, dim}, stored == 1 ? ScalarType::BFloat16 : ScalarType::Byte);
+  Tensor rows =
+      empty_like_with(items, {stored == 0 ? 0 : n_rows, dim}, stored == 1 ? ScalarType::BFloat16 : ScalarType::Byte);
   Tensor bounds = empty_like_with(items, {(n_rows + kBlock - 1) / kBlock, 4}, ScalarType::Float);
-  pack(static_cast<const char*>(items.const_data_ptr()), bytes_between_rows(items), dim, n_rows, static_cast<Stored>(stored),
-       stored == 0 ? nullptr : static_cast<char*>(rows.mutable_data_ptr()), reinterpret_cast<Bound*>(mutable_data<float>(bounds)),
-       num_threads());
+  pack(static_cast<const char*>(items.const_data_ptr()), bytes_between_rows(items), dim, n_rows,
+       static_cast<Stored>(stored), stored == 0 ? nullptr : static_cast<char*>(rows.mutable_data_ptr()),
+       reinterpret_cast<Bound*>(mutable_data<float>(bounds)), num_threads());
   return {rows, bounds};
 }
 

@@ -6,8 +6,8 @@
 //
 //     kept:  score + slack >= floor,   slack = by_residual residual + by_norm norm + tiny
 //
-// `floor` is a score that k rows surely reach, and `slack` bounds what the scan may be wrong by (the formula is explained
-// in fastdiff/ops/topk_scan.py), so what is not kept cannot be among the k best.
+// `floor` is a score that k rows surely reach, and `slack` bounds what the scan may be wrong by (the formula is
+// explained in fastdiff/ops/topk_scan.py), so what is not kept cannot be among the k best.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ enum class Stored : int { float32 = 0, bfloat16 = 1, int8 = 2 };
 // How rows and queries are multiplied; `tiles` are AMX's, the others vectors.
 enum class Product : int { float32 = 0, bfloat16, int8, bfloat16_tiles, int8_tiles };
 
-// Of the rows of a block: the largest |row| and |row as scanned|, the largest |row - row as scanned| (of float32 rows: as
-// rounded to bfloat16), and the scale of int8 rows.
+// Of the rows of a block: the largest |row| and |row as scanned|, the largest |row - row as scanned| (of float32 rows:
+// as rounded to bfloat16), and the scale of int8 rows.
 struct Bound {
   float norm, residual, scale, unused;
 };
@@ -73,19 +73,19 @@ struct Denied {
 
 // The queries in the form of the product. Those beyond n, up to n_padded, are zeros with a floor of infinity.
 struct Queries {
-  int64_t n, n_padded;     // n_padded: a multiple of 16
-  const float* floats;     // float32: [n_padded, dim]
-  const uint32_t* words;   // bfloat16, int8: [n_padded, steps]; tiles: [n_padded / 16, steps / 16, 16, 16], query last
-  int64_t steps;           // words of a row: pairs of bfloat16, four of int8; a multiple of 16 for tiles
+  int64_t n, n_padded;    // n_padded: a multiple of 16
+  const float* floats;    // float32: [n_padded, dim]
+  const uint32_t* words;  // bfloat16, int8: [n_padded, steps]; tiles: [n_padded / 16, steps / 16, 16, 16], query last
+  int64_t steps;          // words of a row: pairs of bfloat16, four of int8; a multiple of 16 for tiles
   const float *by_residual, *by_norm, *tiny;  // [n_padded]
-  const float* scale;      // int8: score = scale[q] * bound.scale * (sum - zero[q])
+  const float* scale;                         // int8: score = scale[q] * bound.scale * (sum - zero[q])
   const int32_t* zero;
 };
 
 // What one thread has found.
 struct Slot {
-  float* floor;  // [n_padded], never falling
-  Kept* kept;    // [n_padded]
+  float* floor;   // [n_padded], never falling
+  Kept* kept;     // [n_padded]
   char* scratch;  // scratch_bytes, 64-byte aligned
   void* owner;
   void (*full)(Slot& slot, int64_t query);  // raises the floor and makes room in `kept`
@@ -112,13 +112,13 @@ FASTDIFF_TOPK_INLINE int64_t scratch_bytes(int64_t dim, int64_t n_padded) {
 }
 
 struct ExactArgs {
-  const float* query;        // [dim]
-  const char* items;         // float32 rows
+  const float* query;  // [dim]
+  const char* items;   // float32 rows
   int64_t row_bytes, dim;
-  const int32_t* rows;       // [n]; null: first .. first + n - 1
+  const int32_t* rows;  // [n]; null: first .. first + n - 1
   int64_t first, n;
-  float* scores;             // [n]
-  float* scratch;            // [16 dim], 64-byte aligned
+  float* scores;   // [n]
+  float* scratch;  // [16 dim], 64-byte aligned
 };
 
 // One slice of a table: its bounds, and its rows as they are stored.

@@ -13,7 +13,8 @@ void topk_exact(const topk::ExactArgs& args) {
     const float* rows[16];
     for (int64_t i = 0; i < 16; i++) {
       const int64_t j = at + (i < here ? i : 0);
-      rows[i] = reinterpret_cast<const float*>(args.items + (args.rows == nullptr ? args.first + j : args.rows[j]) * args.row_bytes);
+      rows[i] = reinterpret_cast<const float*>(args.items +
+                                               (args.rows == nullptr ? args.first + j : args.rows[j]) * args.row_bytes);
     }
 #if defined(__AVX2__)
     if (args.rows != nullptr) {

@@ -209,7 +209,8 @@ class Scan {
   // --- thresholds ----------------------------------------------------------------------------------------------------
 
   float slack(int64_t q) const {
-    return queries_.by_residual[q] * block_->bound.residual + queries_.by_norm[q] * block_->bound.norm + queries_.tiny[q];
+    return queries_.by_residual[q] * block_->bound.residual + queries_.by_norm[q] * block_->bound.norm +
+           queries_.tiny[q];
   }
 
   bool whole() const { return args_.product == Product::int8 || args_.product == Product::int8_tiles; }
@@ -290,13 +291,13 @@ class Scan {
       for (; q + kQueries <= queries_.n; q += kQueries) float32_tile<kQueries>(q, item, panel);
       switch (queries_.n - q) {
         case 5:
-          float32_tile<kQueries < 5 ? 1 : 5>(q, item, panel);
+          float32_tile < kQueries<5 ? 1 : 5>(q, item, panel);
           break;
         case 4:
-          float32_tile<kQueries < 4 ? 1 : 4>(q, item, panel);
+          float32_tile < kQueries<4 ? 1 : 4>(q, item, panel);
           break;
         case 3:
-          float32_tile<kQueries < 3 ? 1 : 3>(q, item, panel);
+          float32_tile < kQueries<3 ? 1 : 3>(q, item, panel);
           break;
         case 2:
           float32_tile<2>(q, item, panel);

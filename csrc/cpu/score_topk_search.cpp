@@ -26,7 +26,8 @@ constexpr int64_t kWidest = 1 << 16;        // wider vectors are scored by the d
 constexpr int64_t kBufferBytes = 32 << 20;  // for what scans keep, all threads and queries together
 constexpr int64_t kFewRows = 256;           // tables up to this size are scored by the definition
 
-// --- the order --------------------------------------------------------------------------------------------------------
+// --- the order
+// --------------------------------------------------------------------------------------------------------
 
 // Larger is better: score descending, then row ascending. No NaN, no -0.
 uint64_t to_key(float score, uint32_t row) {
@@ -60,7 +61,8 @@ void write(const std::vector<uint64_t>& keys, int64_t k, int64_t* rows, float* s
   std::fill(scores + n, scores + k, -kInfinity);
 }
 
-// --- memory -----------------------------------------------------------------------------------------------------------
+// --- memory
+// -----------------------------------------------------------------------------------------------------------
 
 template <class T>
 class Aligned {
@@ -88,7 +90,8 @@ class Aligned {
 
 float up(double value) { return static_cast<float>(value * (1.0 + 0x1p-20) + 0x1p-120); }
 
-// --- queries ----------------------------------------------------------------------------------------------------------
+// --- queries
+// ----------------------------------------------------------------------------------------------------------
 
 // vdpbf16ps is worth it where it is faster than float32 arithmetic, which is so on AMD's processors, not on Intel's.
 bool fast_bfloat16() {
@@ -172,7 +175,8 @@ class Prepared {
         int32_t sum = 0;
         for (int64_t k = 0; k < dim_; k++) {
           const float whole = std::min(127.0f, std::max(-127.0f, std::nearbyint(query[k] * inverse)));
-          const double miss = static_cast<double>(query[k]) - static_cast<double>(whole) * static_cast<double>(scale[i]);
+          const double miss =
+              static_cast<double>(query[k]) - static_cast<double>(whole) * static_cast<double>(scale[i]);
           lost += miss * miss;
           sum += static_cast<int32_t>(whole);
           const uint32_t byte = static_cast<uint8_t>(static_cast<int8_t>(whole));
@@ -214,7 +218,8 @@ class Prepared {
 
  private:
   uint32_t& word(int64_t query, int64_t word, bool tiles) const {
-    return tiles ? words_[query / kTile * steps_ * kTile + word * kTile + query % kTile] : words_[query * steps_ + word];
+    return tiles ? words_[query / kTile * steps_ * kTile + word * kTile + query % kTile]
+                 : words_[query * steps_ + word];
   }
 
   int64_t n_, padded_, dim_, steps_ = 0;
@@ -224,7 +229,8 @@ class Prepared {
   Aligned<int32_t> zero_;
 };
 
-// --- rows that a query may not be given -------------------------------------------------------------------------------
+// --- rows that a query may not be given
+// -------------------------------------------------------------------------------
 
 class DeniedRows {
  public:
@@ -259,12 +265,13 @@ class DeniedRows {
     });
   }
 
-  // log2 of the places, at least twice the rows listed; 0 for none.
+  // log2 of the places, at least four times the rows listed; 0 for none.
   static int bits_for(const Search& search, int64_t query) {
-    const int64_t n = search.exclude.offsets == nullptr ? 0 : search.exclude.offsets[query + 1] - search.exclude.offsets[query];
+    const int64_t n =
+        search.exclude.offsets == nullptr ? 0 : search.exclude.offsets[query + 1] - search.exclude.offsets[query];
     if (n == 0) return 0;
     int bits = 3;
-    while ((int64_t{1} << bits) < 2 * n) bits++;
+    while ((int64_t{1} << bits) < 4 * n) bits++;
     return bits;
   }
 
@@ -280,7 +287,8 @@ class DeniedRows {
   Aligned<uint32_t> places_;
 };
 
-// --- what is allowed to all -------------------------------------------------------------------------------------------
+// --- what is allowed to all
+// -------------------------------------------------------------------------------------------
 
 struct Allowed {
   std::vector<uint64_t> bits;  // a word per 64 rows; empty where all are allowed
@@ -327,7 +335,8 @@ struct Allowed {
   }
 };
 
-// --- keeping ----------------------------------------------------------------------------------------------------------
+// --- keeping
+// ----------------------------------------------------------------------------------------------------------
 
 // The floors that all threads share: what one has found serves the others.
 class Floors {
@@ -440,7 +449,8 @@ Found::Found(Job& job)
   slot.full = &make_room;
 }
 
-// --- the work in pieces -----------------------------------------------------------------------------------------------
+// --- the work in pieces
+// -----------------------------------------------------------------------------------------------
 
 // Tables of at least this many blocks are first sampled: one block of kStride.
 constexpr int64_t kSampledBlocks = 512, kStride = 32;
@@ -475,7 +485,8 @@ class Pieces {
   bool sampled_;
 };
 
-// --- one scan ---------------------------------------------------------------------------------------------------------
+// --- one scan
+// ---------------------------------------------------------------------------------------------------------
 
 // A guess at the nanoseconds of a scan by one thread, to decide what is worth a second one.
 int64_t cost_of_scan(const Search& search, Stored stored, int64_t n_rows, int64_t n_queries) {
@@ -498,11 +509,11 @@ struct Left {
 
 // Scans for the queries `which` and writes their answers.
 //
-// With `guess`, a large table is sampled first. The k-th best of the table is at about place k / kStride of the sample, so
-// some places further down there is a score that more than k rows are likely to reach; only rows that may reach it are
-// kept. Once the scan is over, k kept rows that surely reach it prove the guess right.
-Left scan(const Search& search, const Way& way, const Allowed& allowed, const std::vector<int64_t>& which, int64_t capacity,
-          double largest_norm, bool guess, Report& report) {
+// With `guess`, a large table is sampled first. The k-th best of the table is at about place k / kStride of the sample,
+// so some places further down there is a score that more than k rows are likely to reach; only rows that may reach it
+// are kept. Once the scan is over, k kept rows that surely reach it prove the guess right.
+Left scan(const Search& search, const Way& way, const Allowed& allowed, const std::vector<int64_t>& which,
+          int64_t capacity, double largest_norm, bool guess, Report& report) {
   const Prepared prepared(search, which, way.product, way.table.stored, way.residual, largest_norm);
   const DeniedRows denied(search, which);
   const int64_t n_rows = way.some == nullptr ? way.table.n_rows : static_cast<int64_t>(way.some->size());
@@ -562,7 +573,8 @@ Left scan(const Search& search, const Way& way, const Allowed& allowed, const st
     std::vector<float> low;
     for (int64_t q = 0; q < n; q++) {
       if (lows(q, low) < job.k || job.given_up[static_cast<size_t>(q)].load(std::memory_order_relaxed)) continue;
-      guesses[static_cast<size_t>(q)] = job.floors.raise(q, job.floor_of(low.data(), static_cast<int64_t>(low.size()), job.k));
+      guesses[static_cast<size_t>(q)] =
+          job.floors.raise(q, job.floor_of(low.data(), static_cast<int64_t>(low.size()), job.k));
     }
     job.k = search.k;
   }
@@ -653,7 +665,8 @@ std::vector<int64_t> scan_all(const Search& search, const Way& way, const Allowe
   return left;
 }
 
-// --- by the definition ------------------------------------------------------------------------------------------------
+// --- by the definition
+// ------------------------------------------------------------------------------------------------
 
 // Adds the rows first .. last - 1 that may be given to a query, keeping only what can be among its k best.
 class Best {
@@ -692,7 +705,8 @@ class Best {
 
  private:
   void shrink() {
-    std::nth_element(keys.begin(), keys.begin() + search_.k - 1, keys.end(), [](uint64_t a, uint64_t b) { return a > b; });
+    std::nth_element(keys.begin(), keys.begin() + search_.k - 1, keys.end(),
+                     [](uint64_t a, uint64_t b) { return a > b; });
     keys.resize(static_cast<size_t>(search_.k));
     floor_ = keys.back();
   }
@@ -707,7 +721,8 @@ void by_definition(const Search& search, const Allowed& allowed, const std::vect
   const int64_t n = static_cast<int64_t>(which.size()), n_rows = search.scan.n_rows, threads = search.threads;
   const bool worth_threads = n * n_rows * search.scan.dim > 100000;
   // few queries: several threads for each
-  const int64_t parts = !worth_threads || n >= 2 * threads ? 1 : std::min<int64_t>(threads, std::max<int64_t>(1, n_rows / 1024));
+  const int64_t parts =
+      !worth_threads || n >= 2 * threads ? 1 : std::min<int64_t>(threads, std::max<int64_t>(1, n_rows / 1024));
   const int64_t at_once = std::max<int64_t>(1, std::min(n, 4 * threads));
   for (int64_t start = 0; start < n; start += at_once) {
     const std::vector<int64_t> some(which.begin() + start, which.begin() + std::min(n, start + at_once));
@@ -794,7 +809,8 @@ void check_lists(const char* name, const Lists& lists, int64_t n_queries, int64_
   for (int64_t i = 0; i < total; i++) largest = std::max(largest, static_cast<uint64_t>(lists.values[i]));
   if (largest < static_cast<uint64_t>(n_rows)) return;
   const auto bounds = std::minmax_element(lists.values, lists.values + total);
-  fail("score_topk: ", name, " must hold rows 0..", n_rows - 1, " (got ", *bounds.first < 0 ? *bounds.first : *bounds.second, ")");
+  fail("score_topk: ", name, " must hold rows 0..", n_rows - 1, " (got ",
+       *bounds.first < 0 ? *bounds.first : *bounds.second, ")");
 }
 
 }  // namespace
@@ -812,7 +828,8 @@ void search(const Search& search, Report* report) {
   }
   const int64_t n_blocks = (n_rows + kBlock - 1) / kBlock;
   float largest_norm = 0.0f;
-  for (int64_t block = 0; block < n_blocks; block++) largest_norm = std::max(largest_norm, search.scan.bounds[block].norm);
+  for (int64_t block = 0; block < n_blocks; block++)
+    largest_norm = std::max(largest_norm, search.scan.bounds[block].norm);
 
   std::vector<int64_t> in_range, out_of_range;
   for (int64_t query = 0; query < n; query++) {

@@ -18,15 +18,15 @@ struct Lists {
 struct Search {
   const float* queries;  // [n_queries, dim]
   int64_t n_queries, k;
-  Table items;  // the float32 rows that the definition scores; one chunk
-  Table scan;   // the same rows as the scan reads them
-  bool certified = true;            // false: keep the k best by the scan's own scores, whatever it may be wrong by
-  const bool* allowed = nullptr;    // [n_rows]
+  Table items;                    // the float32 rows that the definition scores; one chunk
+  Table scan;                     // the same rows as the scan reads them
+  bool certified = true;          // false: keep the k best by the scan's own scores, whatever it may be wrong by
+  const bool* allowed = nullptr;  // [n_rows]
   Lists exclude, candidates;
   int threads = 1;
   int64_t spare_bytes = 16 << 20;  // for queries of whom many rows are within the bound; beyond it they go another way
-  int64_t* rows;   // [n_queries, k]
-  float* scores;   // [n_queries, k]
+  int64_t* rows;                   // [n_queries, k]
+  float* scores;                   // [n_queries, k]
 };
 
 // How many queries went which way, for tests and measurements.

@@ -48,20 +48,22 @@ struct Packed {
 };
 
 struct Restricted {
-  std::vector<char> allowed;  // empty: all
+  std::vector<char> allowed;                                                       // empty: all
   std::vector<int64_t> excluded, excluded_offsets, candidates, candidate_offsets;  // offsets empty: none
 };
 
 using Best = std::vector<std::pair<float, int64_t>>;  // (-score, row)
 
-std::vector<Best> definition(const Vectors& items, const std::vector<float>& queries, int64_t k, const Restricted& given) {
+std::vector<Best> definition(const Vectors& items, const std::vector<float>& queries, int64_t k,
+                             const Restricted& given) {
   const int64_t n = static_cast<int64_t>(queries.size()) / items.dim;
   std::vector<Best> all(static_cast<size_t>(n));
   for (int64_t q = 0; q < n; q++) {
     std::vector<char> may(static_cast<size_t>(items.n), 1);
     if (!given.candidate_offsets.empty()) {
       std::fill(may.begin(), may.end(), 0);
-      for (int64_t i = given.candidate_offsets[q]; i < given.candidate_offsets[q + 1]; i++) may[given.candidates[i]] = 1;
+      for (int64_t i = given.candidate_offsets[q]; i < given.candidate_offsets[q + 1]; i++)
+        may[given.candidates[i]] = 1;
     }
     for (int64_t i = 0; i < items.n && !given.allowed.empty(); i++) may[i] = may[i] && given.allowed[i];
     if (!given.excluded_offsets.empty()) {
@@ -107,9 +109,9 @@ Report compare(const Vectors& items, const Packed& packed, const std::vector<flo
       const bool there = i < static_cast<int64_t>(truth[q].size());
       const int64_t row = there ? truth[q][i].second : -1;
       const float score = there ? -truth[q][i].first : -std::numeric_limits<float>::infinity();
-      EXPECT(rows[q * k + i] == row && scores[q * k + i] == score, items.name, " stored ", static_cast<int>(packed.stored),
-             " dim ", items.dim, " k ", k, " threads ", threads, ": query ", q, " place ", i, " is row ", rows[q * k + i],
-             " with ", scores[q * k + i], ", not ", row, " with ", score);
+      EXPECT(rows[q * k + i] == row && scores[q * k + i] == score, items.name, " stored ",
+             static_cast<int>(packed.stored), " dim ", items.dim, " k ", k, " threads ", threads, ": query ", q,
+             " place ", i, " is row ", rows[q * k + i], " with ", scores[q * k + i], ", not ", row, " with ", score);
     }
   }
   return report;
@@ -163,7 +165,8 @@ void every_table() {
         for (const int64_t k : {1, 40}) {
           const std::vector<Best> truth = definition(items, queries, k, {});
           for (const Stored stored : {Stored::float32, Stored::bfloat16, Stored::int8}) {
-            const Report report = compare(items, Packed(items, stored, 2), queries, k, {}, n_queries == 1 ? 1 : 3, truth);
+            const Report report =
+                compare(items, Packed(items, stored, 2), queries, k, {}, n_queries == 1 ? 1 : 3, truth);
             scanned += report.scanned;
             scanned_again += report.scanned_again;
             by_definition += report.by_definition;
