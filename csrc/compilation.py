@@ -33,6 +33,7 @@ X86_LEVELS = {
 # mistakes, which does not know one of the names.
 FLAGS = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -ffp-contract=off -fno-math-errno "
+    "-fno-strict-aliasing "
     "-fno-trapping-math -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 )
 

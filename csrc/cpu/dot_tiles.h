@@ -111,6 +111,8 @@ FASTDIFF_INLINE __m512i highest_of_rows(const char* sums, int first, int last) {
 template <bool int8>
 FASTDIFF_INLINE void dot_with_tiles(const char* rows, int64_t apart, const uint32_t* queries, int64_t steps, char* sums,
                                     const char* before, __m512i highest[4]) {
+  // GCC 12's tile loads do not say that they read memory: without this, rows and queries may be written after them
+  asm volatile("" ::: "memory");
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
