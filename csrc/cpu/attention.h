@@ -16,15 +16,21 @@ struct KeyValues {
   float* values;
   int heads, width, n_keys;
 
-  int key_step() const { return padded(n_keys); }
-  int value_step() const { return heads * padded(width); }
+  FASTDIFF_INLINE int key_step() const { return padded(n_keys); }
+  FASTDIFF_INLINE int value_step() const { return heads * padded(width); }
 };
 
-inline int64_t key_floats(int heads, int width, int n_keys) { return int64_t{1} * heads * width * padded(n_keys); }
-inline int64_t value_floats(int heads, int width, int n_keys) { return int64_t{1} * heads * padded(width) * n_keys; }
+FASTDIFF_INLINE int64_t key_floats(int heads, int width, int n_keys) {
+  return int64_t{1} * heads * width * padded(n_keys);
+}
+FASTDIFF_INLINE int64_t value_floats(int heads, int width, int n_keys) {
+  return int64_t{1} * heads * padded(width) * n_keys;
+}
 
 // What `attend` needs beside its arguments.
-inline int64_t attend_floats(int heads, int n_keys) { return int64_t{1} * heads * padded(n_keys) + 4 * padded(heads); }
+FASTDIFF_INLINE int64_t attend_floats(int heads, int n_keys) {
+  return int64_t{1} * heads * padded(n_keys) + 4 * padded(heads);
+}
 
 namespace FASTDIFF_LEVEL {
 
@@ -57,10 +63,10 @@ inline void put_keys(const KeyValues& cache, int first, int n, const float* key,
   }
 }
 
-// e^x of a score below the largest, x <= 0. What is under e^-87 counts as 0: a processor takes a hundred cycles to make
-// a subnormal number.
+// e^x of a score below the largest, x <= 0. What is under e^-60 counts as 0, as no sum of weights shows it: a processor
+// takes a hundred cycles to make a subnormal number, and its products with values could be one too.
 FASTDIFF_INLINE Vec weight_of(Vec x) {
-  const Vec lowest = set1(-87.0f), y = max(lowest, x);
+  const Vec lowest = set1(-60.0f), y = max(lowest, x);
   const Vec n = round(y * set1(1.44269504f));
   Vec r = fma(n, set1(-0.693359375f), y);  // ln 2 in two parts
   r = fma(n, set1(2.12194440e-4f), r);
@@ -111,7 +117,7 @@ inline void score_vectors(const KeyValues& cache, const float* query, int first,
   }
 }
 
-// gathered[h][..] = (sum_p weights[h][p] values[p][h][..] + own_weight own_value) share for HG heads, V vectors of each.
+// gathered[h][..] = (sum_p weights[h][p] values[p][h][..] + own_weight own_value) share, HG heads, V vectors of each.
 template <int HG, int V>
 FASTDIFF_INLINE void gather_block(const KeyValues& cache, const float* weights, int seen, int head, int d,
                                   const float* own_weights, const float* own_value, const float* shares,

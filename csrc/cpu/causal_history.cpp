@@ -9,15 +9,6 @@
 
 namespace fastdiff {
 
-int64_t causal_stage_floats(const CausalHistoryArgs& args, int64_t tile_rows, int64_t longest) {
-  const BlockShape& shape = args.shape;
-  const int keys = static_cast<int>(longest) + 1, width = shape.dim / shape.heads;
-  const int64_t cache = key_floats(shape.heads, width, keys) + value_floats(shape.heads, width, keys) + padded(keys) +
-                        attend_floats(shape.heads, keys);
-  return tile_rows * shape.step() + int64_t{6} * (2 * shape.step() + shape.qkv_step()) +
-         std::max(cache, finish_floats(shape, 6));
-}
-
 namespace {
 
 constexpr int64_t kRowsOfTile = 48;   // enough for a task to be worth handing out
@@ -73,7 +64,7 @@ void run_whole(const CausalHistoryArgs& args, int threads, const std::vector<Sha
 template <class Kernel>
 void run_in_step(const CausalHistoryArgs& args, int threads, int64_t tiles, Kernel kernel) {
   const int64_t step = args.shape.step(), qkv_step = args.shape.qkv_step(), rows = args.n_rows();
-  const int64_t of_pass = rows * (step + 2 * qkv_step);  // a tile may be a stage ahead of another that looks at its keys
+  const int64_t of_pass = rows * (step + 2 * qkv_step);  // a tile may be a stage ahead of one that sees its keys
   const std::unique_ptr<float[]> memory(new float[args.passes * of_pass]);
   const int64_t longest = longest_of(args, 0, args.users);
   for (int stage = 0; stage < args.stages(); stage++) {
@@ -123,8 +114,9 @@ void check_items(const char* op, const Tensor& items, const std::vector<int64_t>
 
 std::tuple<Tensor, Tensor> encode_causal_history(const Tensor& items, const Tensor& lengths, const Tensor& item_table,
                                                  const Tensor& norm_weight, const Tensor& norm_bias, double norm_eps,
-                                                 const std::vector<Tensor>& blocks, int64_t hidden, int64_t heads, double eps, const Tensor& pads,
-                                                 const Tensor& pad_output, int64_t window, bool only_last) {
+                                                 const std::vector<Tensor>& blocks, int64_t hidden, int64_t heads,
+                                                 double eps, const Tensor& pads, const Tensor& pad_output,
+                                                 int64_t window, bool only_last) {
   constexpr const char* op = "encode_causal_history";
   const Tensor histories = checked(op, "items", items, ScalarType::Long, {-1, -1});
   const int64_t users = histories.size(0);

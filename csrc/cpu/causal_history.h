@@ -1,7 +1,7 @@
 // Causal transformer blocks over the packed rows of many histories, on plain pointers; the two ops that stand on it are
 // encode_causal_history and prepare_causal_prefix (see their contracts in fastdiff/ops/).
 //
-// The work is cut twice: into tiles of rows, and into stages between which a row waits for the keys of the rows before it.
+// The work is cut twice: into tiles of rows, and into stages between which a row waits for the keys of those before it.
 //     stage 0   the input of the rows, then the projections of block 0
 //     stage l   attention and the rest of block l - 1, then the projections of block l, where there is one
 // A tile of whole histories can run all stages at once; tiles that cut a history must wait for each other in between.
@@ -43,9 +43,9 @@ struct CausalHistoryArgs {
   float* last;         // [users, dim] the last row of each history that has one, or null
   float* keys_values;  // [n_blocks, passes, rows, 2 dim], or null; then the last block's are the last thing computed
 
-  int64_t n_rows() const { return starts[users]; }
-  bool only_last() const { return rows == nullptr && keys_values == nullptr; }
-  int stages() const { return keys_values == nullptr ? n_blocks + 1 : n_blocks; }
+  FASTDIFF_INLINE int64_t n_rows() const { return starts[users]; }
+  FASTDIFF_INLINE bool only_last() const { return rows == nullptr && keys_values == nullptr; }
+  FASTDIFF_INLINE int stages() const { return keys_values == nullptr ? n_blocks + 1 : n_blocks; }
 };
 
 // Rows of one pass that are computed together, with the users that they belong to, and where what they hold lies.
@@ -60,7 +60,15 @@ struct CausalTile {
 };
 
 // What a stage needs beside the tile: `longest` is the longest history in it.
-int64_t causal_stage_floats(const CausalHistoryArgs& args, int64_t tile_rows, int64_t longest);
+FASTDIFF_INLINE int64_t causal_stage_floats(const CausalHistoryArgs& args, int64_t tile_rows, int64_t longest) {
+  const BlockShape& shape = args.shape;
+  const int keys = static_cast<int>(longest) + 1, width = shape.dim / shape.heads;
+  const int64_t cache = key_floats(shape.heads, width, keys) + value_floats(shape.heads, width, keys) + padded(keys) +
+                        attend_floats(shape.heads, keys);
+  const int64_t finish = finish_floats(shape, 6);
+  return tile_rows * shape.step() + int64_t{6} * (2 * shape.step() + shape.qkv_step()) +
+         (cache > finish ? cache : finish);
+}
 
 FASTDIFF_KERNEL(void, causal_stage, (const CausalHistoryArgs&, const CausalTile&, int stage, float* room))
 

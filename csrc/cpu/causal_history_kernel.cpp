@@ -57,7 +57,9 @@ void project(const CausalHistoryArgs& args, const CausalTile& tile, int layer) {
                 queries ? 0 : dim / kPanel);
   if (args.keys_values == nullptr) return;
   float* to = args.keys_values + (static_cast<int64_t>(layer) * args.passes + tile.pass) * args.n_rows() * 2 * dim;
-  for (int64_t r = tile.first_row; r < tile.last_row; r++) copy(tile.qkv + r * qkv_step + dim, 2 * dim, to + r * 2 * dim);
+  for (int64_t r = tile.first_row; r < tile.last_row; r++) {
+    copy(tile.qkv + r * qkv_step + dim, 2 * dim, to + r * 2 * dim);
+  }
 }
 
 // The keys and values of one user's rows up to `end`, the pad's in front, and the bias of the keys.
@@ -66,7 +68,8 @@ struct UserKeys {
   float* bias;
 };
 
-UserKeys keys_of(const CausalHistoryArgs& args, const CausalTile& tile, int layer, int64_t user, int64_t end, float*& at) {
+UserKeys keys_of(const CausalHistoryArgs& args, const CausalTile& tile, int layer, int64_t user, int64_t end,
+                 float*& at) {
   const BlockShape& shape = args.shape;
   const int dim = shape.dim, width = dim / shape.heads, qkv_step = shape.qkv_step();
   const int64_t begin = args.starts[user];
@@ -108,7 +111,8 @@ void finish_rows(const CausalHistoryArgs& args, const CausalTile& tile, int laye
   int done = 0;
   for (int parts = (n + kMostRows - 1) / kMostRows; parts > 0; parts--) {
     const int some = (n - done + parts - 1) / parts;
-    finish_block(block, tile.x + (tile.first_row + done) * step, gathered + static_cast<int64_t>(done) * step, some, rest);
+    float* const x = tile.x + (tile.first_row + done) * step;
+    finish_block(block, x, gathered + static_cast<int64_t>(done) * step, some, rest);
     done += some;
   }
 }

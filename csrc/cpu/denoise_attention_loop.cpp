@@ -6,24 +6,6 @@
 
 namespace fastdiff {
 
-int64_t attention_loop_floats(const AttentionLoopArgs& args, int64_t first_row, int64_t last_row) {
-  const BlockShape& shape = args.shape;
-  const int width = shape.dim / shape.heads;
-  const int64_t rows = last_row - first_row, passes = rows * args.branches;
-  const int64_t first_user = first_row / args.samples, last_user = (last_row - 1) / args.samples;
-  int most_keys = 0;
-  int64_t cache = 0;
-  for (int64_t user = first_user; user <= last_user; user++) {
-    const int n_keys = args.keys_of(user);
-    most_keys = std::max(most_keys, n_keys);
-    cache += key_floats(shape.heads, width, n_keys) + value_floats(shape.heads, width, n_keys);
-  }
-  const int64_t parts = 8 + 2 * (last_user - first_user + 1) * args.n_blocks * args.branches;
-  return rows * (shape.step() + shape.dim + 64) + passes * (2 * shape.step() + shape.qkv_step()) +
-         finish_floats(shape, static_cast<int>(passes)) + attend_floats(shape.heads, most_keys) +
-         (last_user - first_user + 1) * padded(most_keys) + cache * args.n_blocks * args.branches + parts * kPanel;
-}
-
 namespace {
 
 Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& blocks, int64_t hidden, int64_t heads,
@@ -38,8 +20,8 @@ Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& bloc
   FASTDIFF_CHECK(branches == 1 || branches == 2, op, ": cond must hold one or two passes (got ", branches, ")");
   const Tensor start = floats(op, "x_t", x_t, {-1, dim});
   const int64_t rows = start.size(0);
-  FASTDIFF_CHECK(users == 0 ? rows == 0 : rows % users == 0, op, ": x_t must hold the same number of rows for each of the ",
-                 users, " users (got ", rows, ")");
+  FASTDIFF_CHECK(users == 0 ? rows == 0 : rows % users == 0, op,
+                 ": x_t must hold the same number of rows for each of the ", users, " users (got ", rows, ")");
   const BlockShape shape = block_shape(op, dim, hidden, heads, eps);
   const PackedBlocks packed(op, blocks, shape);
   const Tensor of_users = checked(op, "lengths", lengths, ScalarType::Long, {users});

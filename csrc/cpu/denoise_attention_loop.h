@@ -1,5 +1,5 @@
-// All steps of a sampler whose denoiser is a causal transformer on a cached prefix, on plain pointers. What the arguments
-// mean stands in fastdiff/ops/denoise_attention_loop.py.
+// All steps of a sampler whose denoiser is a causal transformer on a cached prefix, on plain pointers. What the
+// arguments mean stands in fastdiff/ops/denoise_attention_loop.py.
 #pragma once
 
 #include <cstdint>
@@ -33,15 +33,32 @@ struct AttentionLoopArgs {
   float guidance_scale, input_scale;
   bool normalize;
 
-  int64_t slots() const { return starts[users]; }
-  int keys_of(int64_t user) const { return static_cast<int>(starts[user + 1] - starts[user]) + 1; }  // and the pad's
+  FASTDIFF_INLINE int64_t slots() const { return starts[users]; }
+  // a user's slots and the pad before them
+  FASTDIFF_INLINE int keys_of(int64_t user) const { return static_cast<int>(starts[user + 1] - starts[user]) + 1; }
 };
 
 // A task is a few rows, all their steps. rows_per_task of them fill one register block of the linear layers.
-inline int rows_per_task(const AttentionLoopArgs& args) { return args.branches == 1 ? 6 : 3; }
+FASTDIFF_INLINE int rows_per_task(const AttentionLoopArgs& args) { return args.branches == 1 ? 6 : 3; }
 
 // How many floats the kernel needs for these rows.
-int64_t attention_loop_floats(const AttentionLoopArgs& args, int64_t first_row, int64_t last_row);
+FASTDIFF_INLINE int64_t attention_loop_floats(const AttentionLoopArgs& args, int64_t first_row, int64_t last_row) {
+  const BlockShape& shape = args.shape;
+  const int width = shape.dim / shape.heads;
+  const int64_t rows = last_row - first_row, passes = rows * args.branches;
+  const int64_t first_user = first_row / args.samples, last_user = (last_row - 1) / args.samples;
+  int most_keys = 0;
+  int64_t cache = 0;
+  for (int64_t user = first_user; user <= last_user; user++) {
+    const int n_keys = args.keys_of(user);
+    most_keys = n_keys > most_keys ? n_keys : most_keys;
+    cache += key_floats(shape.heads, width, n_keys) + value_floats(shape.heads, width, n_keys);
+  }
+  const int64_t parts = 8 + 2 * (last_user - first_user + 1) * args.n_blocks * args.branches;
+  return rows * (shape.step() + shape.dim + 64) + passes * (2 * shape.step() + shape.qkv_step()) +
+         finish_floats(shape, static_cast<int>(passes)) + attend_floats(shape.heads, most_keys) +
+         (last_user - first_user + 1) * padded(most_keys) + cache * args.n_blocks * args.branches + parts * kPanel;
+}
 
 // x_0 of rows first_row .. last_row - 1. room is aligned to 64 bytes.
 FASTDIFF_KERNEL(void, denoise_attention_loop,

@@ -115,8 +115,8 @@ void denoise_attention_loop(const AttentionLoopArgs& args, int64_t first_row, in
     const float c_out = static_cast<float>(args.coef[3 * i]), c_xt = static_cast<float>(args.coef[3 * i + 1]);
     const float c_noise = static_cast<float>(args.coef[3 * i + 2]);
     if (c_noise != 0.0f && args.row_key != nullptr) {
-      fill_normals(philox, args.row_key + first_row, args.sample + first_row, rows, static_cast<uint32_t>(1 + i), 1, 0, dim,
-                   draw, padded_normals(dim));
+      fill_normals(philox, args.row_key + first_row, args.sample + first_row, rows, static_cast<uint32_t>(1 + i), 1, 0,
+                   dim, draw, padded_normals(dim));
     }
     for (int row = 0; row < rows; row++) {
       const float* noise = draw + row * padded_normals(dim);

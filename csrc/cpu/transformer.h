@@ -38,8 +38,8 @@ inline void linear_spread(const Linear& layer, const float* x, int64_t x_step, i
   }
 }
 
-// y = LN(x + residual) = (s - mean s) / sqrt(var s + eps) * weight + bias over the dim numbers of each row; the variance
-// is the biased one. residual may be null; y may be x or residual. weight and bias are padded as packed layers are.
+// y = LN(x + residual) = (s - mean s) / sqrt(var s + eps) * weight + bias over the dim numbers of each row; var is
+// biased. residual may be null; y may be x or residual. weight and bias are padded as packed layers are.
 inline void layer_norm_rows(const float* x, int64_t x_step, const float* residual, int64_t residual_step, int rows,
                             int dim, const float* weight, const float* bias, float eps, float* y, int64_t y_step) {
   const int whole = dim / kLanes * kLanes, rest = dim - whole;
@@ -75,8 +75,8 @@ inline void layer_norm_rows(const float* x, int64_t x_step, const float* residua
       store(to + at, fma((load(to + at) - mean) * by, load(weight + at), load(bias + at)));
     }
     if (rest > 0) {
-      const Vec s = fma((load_n(to + whole, rest) - mean) * by, load_n(weight + whole, rest), load_n(bias + whole, rest));
-      store_n(to + whole, s, rest);
+      const Vec off = load_n(to + whole, rest) - mean;
+      store_n(to + whole, fma(off * by, load_n(weight + whole, rest), load_n(bias + whole, rest)), rest);
     }
   }
 }
@@ -88,8 +88,8 @@ inline void gelu_tanh_rows(float* x, int64_t step, int rows, int width) {
   }
 }
 
-// The block after its attention, in place: h [rows, step()] becomes its output. attended [rows, step()] is what the heads
-// gathered; room holds finish_floats(shape, rows).
+// The block after its attention, in place: h [rows, step()] becomes its output. attended [rows, step()] is what the
+// heads gathered; room holds finish_floats(shape, rows).
 inline void finish_block(const Block& block, float* h, const float* attended, int rows, float* room) {
   const int dim = block.shape.dim, step = block.shape.step(), hidden = block.shape.hidden_step();
   float* const y = room;

@@ -1,4 +1,4 @@
-// The weights of one post-norm transformer block as they lie in one buffer (fastdiff/ops/cpu/transformer.py packs them):
+// The weights of one post-norm transformer block as they lie in one buffer (packed by fastdiff/ops/cpu/transformer.py):
 // qkv, out, norm_1, up, down, norm_2; of each linear layer its panels, then its bias; of each norm its weight and bias.
 #pragma once
 
@@ -12,14 +12,14 @@ struct BlockShape {
   int dim, hidden, heads;
   float eps;
 
-  int qkv_step() const { return padded(3 * dim); }
-  int step() const { return padded(dim); }
-  int hidden_step() const { return padded(hidden); }
+  FASTDIFF_INLINE int qkv_step() const { return padded(3 * dim); }
+  FASTDIFF_INLINE int step() const { return padded(dim); }
+  FASTDIFF_INLINE int hidden_step() const { return padded(hidden); }
 };
 
-inline int64_t layer_floats(int n_in, int n_out) { return static_cast<int64_t>(padded(n_out)) * (n_in + 1); }
+FASTDIFF_INLINE int64_t layer_floats(int n_in, int n_out) { return static_cast<int64_t>(padded(n_out)) * (n_in + 1); }
 
-inline int64_t block_floats(const BlockShape& shape) {
+FASTDIFF_INLINE int64_t block_floats(const BlockShape& shape) {
   return layer_floats(shape.dim, 3 * shape.dim) + layer_floats(shape.dim, shape.dim) +
          layer_floats(shape.dim, shape.hidden) + layer_floats(shape.hidden, shape.dim) + int64_t{4} * shape.step();
 }
@@ -29,7 +29,7 @@ struct Block {
   Linear qkv, out, up, down;
   const float *norm_1_weight, *norm_1_bias, *norm_2_weight, *norm_2_bias;
 
-  Block(const float* at, const BlockShape& shape)
+  FASTDIFF_INLINE Block(const float* at, const BlockShape& shape)
       : shape(shape),
         qkv(next_layer(at, shape.dim, 3 * shape.dim)),
         out(next_layer(at, shape.dim, shape.dim)),
@@ -44,19 +44,19 @@ struct Block {
   }
 
  private:
-  static const float* next(const float*& at, int64_t floats) {
+  FASTDIFF_INLINE static const float* next(const float*& at, int64_t floats) {
     const float* here = at;
     at += floats;
     return here;
   }
-  static Linear next_layer(const float*& at, int n_in, int n_out) {
+  FASTDIFF_INLINE static Linear next_layer(const float*& at, int n_in, int n_out) {
     const float* weight = next(at, static_cast<int64_t>(padded(n_out)) * n_in);
     return {weight, next(at, padded(n_out)), n_in, n_out};
   }
 };
 
 // What finish_block (transformer.h) needs beside its arguments.
-inline int64_t finish_floats(const BlockShape& shape, int rows) {
+FASTDIFF_INLINE int64_t finish_floats(const BlockShape& shape, int rows) {
   return static_cast<int64_t>(rows) * (shape.step() + shape.hidden_step());
 }
 
