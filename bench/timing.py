@@ -1,8 +1,9 @@
 """Timing: contenders take turns, samples are long enough for the clock, and quantiles are kept instead of a best.
 
 Contenders of one case are timed in rounds. In each round every one of them takes its share of samples, and the order
-turns around from round to round, so that whatever else the machine does hits all alike. A turn of a fast contender
-starts with one call that is not timed, since the turn before it left the caches cold.
+turns around from round to round, so that whatever else the machine does hits all alike. A turn starts with a pause, in
+which threads that the contender before left spinning go to sleep (OpenBLAS's do after some 25 ms), and, where a call is
+short, with one that is not timed, since the turn before it left the caches cold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Call = Callable[[], object]
 SAMPLE_SECONDS = 2e-4
 """A sample lasts at least this long: calls that are shorter are repeated inside it. The clock costs some 5e-8."""
 
-COLD_BELOW = 1e-2
+MOST_ROUNDS = 6
+COLD_BELOW = 1e-1
 """Calls shorter than this start a turn with one call that is not timed."""
 
 
@@ -36,6 +38,7 @@ class Budget:
     max_samples: int = 300
     few_samples: int = 3
     max_seconds: float = 8.0
+    pause: float = 0.05
 
     def plan(self, estimate: float) -> tuple[int, int]:
         """(samples, calls per sample) for a call that takes about `estimate` seconds."""
@@ -133,7 +136,7 @@ def interleaved(
     if not calls:
         return {}
     plans = {name: budget.plan(estimates[name]) for name in calls}
-    rounds = min(min(samples for samples, _ in plans.values()), 10)
+    rounds = min(min(samples for samples, _ in plans.values()), MOST_ROUNDS)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     collecting = gc.isenabled()
     gc.collect()
@@ -142,6 +145,7 @@ def interleaved(
         for turn in range(rounds):
             for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
                 samples, per_sample = plans[name]
+                time.sleep(budget.pause)
                 if estimates[name] < COLD_BELOW:
                     calls[name]()
                 for _ in range(samples * (turn + 1) // rounds - samples * turn // rounds):

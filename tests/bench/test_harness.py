@@ -128,8 +128,8 @@ def test_contenders_take_turns() -> None:
             return float(next(self.ticks))
 
     calls = {"slow": lambda: order.append("slow"), "fast": lambda: order.append("fast")}
-    budget = Budget(seconds=1.0, min_samples=3, max_samples=6)
-    timings = interleaved(calls, {"slow": 0.5, "fast": 0.1}, budget, FakeClock())
+    budget = Budget(seconds=1.0, min_samples=3, max_samples=6, pause=0.0)
+    timings = interleaved(calls, {"slow": 0.5, "fast": 0.11}, budget, FakeClock())
     assert order == ["slow", "fast", "fast", "fast", "fast", "slow", "slow", "fast", "fast"]
     assert len(timings["slow"].samples) == 3
     assert len(timings["fast"].samples) == 6

@@ -10,7 +10,7 @@ from bench.cases import Absent, Case, Gate, Options, Provider, relative_error
 from bench.harness import Session
 from bench.timing import Budget
 
-QUICK = Budget(seconds=0.002, min_samples=2, max_samples=3)
+QUICK = Budget(seconds=0.002, min_samples=2, max_samples=3, pause=0.0)
 CEILINGS = {"gflops": 100.0, "gflops_bfloat16": 200.0, "gbps": 10.0, "gbps_of": [[1 << 20, 40.0], [1 << 30, 10.0]]}
 
 
