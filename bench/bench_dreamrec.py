@@ -3,6 +3,8 @@
 Ours draws Philox numbers inside the loop, by the user and the seed; the published algorithm draws with torch.randn.
 What is checked is the loop with its Philox draws, against the published chain in float64 that is given the same draws.
 "mlp1" is one linear layer, so the whole chain is also one affine map and one draw: the closed form, equal in law.
+Each side starts from what its own encoder returns: h, of which ours has the first layer's share already (one product of
+a row and a [D, D] matrix, of the thousand that the published steps do).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from bench.baselines import Calls, Wrap, eager_and_compiled, in_float64, load_weights
 from bench.cases import GOLDEN, Absent, Case, Gate, Options, Provider, relative_error
-from bench.inputs import draw_histories, draw_noise, padded
+from bench.inputs import draw_histories, draw_noise, histories_to, padded
 from bench.ours import our_models
 from bench.published.dreamrec import Diffusion
 from bench.published.dreamrec import DreamRec as PublishedDreamRec
@@ -26,9 +28,8 @@ from fastdiff.closed_form import collapse
 from fastdiff.config import DreamRecConfig
 from fastdiff.models.base import Model
 from fastdiff.models.dreamrec import DreamRec
-from fastdiff.noise import PhiloxNoise
+from fastdiff.noise import GivenNoise, Noise, PhiloxNoise
 from fastdiff.ops.philox_normals import philox_normals_ref
-from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
 
 GUIDANCE = 3.0
@@ -82,23 +83,23 @@ def chain_covariance(diffusion: Diffusion, truth: PublishedDreamRec) -> Tensor:
 
 
 def closed_form_gate(
-    closed_form: Callable[[Tensor, Tensor], Tensor],
-    h: Tensor,
+    closed_form: Callable[[Any, Noise], Tensor],
+    condition: Tensor,
     mean: Tensor,
     covariance: Tensor,
     output: Tensor,
     z: Tensor,
 ) -> Gate:
-    """Equal in law: the map h -> mean at z = 0, and the covariance that the map z -> x_0 gives, against the float64
-    chain; and `output`, of the draw `z`, is what those two maps say.
+    """Equal in law: the map condition -> mean at z = 0, and the covariance that the map z -> x_0 gives, against the
+    float64 chain; and `output`, of the draw `z [R, D]`, is what those two maps say.
 
-    closed_form  (h [R, D], z [R, D]) -> x_0 [R, D]
+    closed_form  (condition [R, ..], noise) -> x_0 [R, D]
     """
-    dim = h.shape[1]
-    at_zero = closed_form(h, torch.zeros_like(h)).cpu()
+    dim = z.shape[1]
+    at_zero = closed_form(condition, GivenNoise(torch.zeros_like(z)[None])).cpu()
     # rows of the identity times a large number, so that the rounding of the mean beside them does not count
-    probes = PROBE * torch.cat([torch.zeros(1, dim), torch.eye(dim)]).to(h)
-    read = closed_form(h[:1].expand(dim + 1, -1), probes).cpu().double()
+    probes = PROBE * torch.cat([torch.zeros(1, dim), torch.eye(dim)]).to(z)
+    read = closed_form(condition[:1].repeat(dim + 1, 1), GivenNoise(probes[None])).cpu().double()
     factor = (read[1:] - read[0]).T / PROBE
     errors = [
         relative_error(at_zero, mean),
@@ -111,31 +112,32 @@ def closed_form_gate(
 # --- providers --------------------------------------------------------------------------------------------------------
 
 
-def our_loop(model: Model[Any, Any], h: Tensor, user: Tensor) -> Callable[[], Tensor]:
+def philox(model: Model[Any, Any], user: Tensor) -> Callable[[], Noise]:
+    """A call's noise, each user's own, made by the backend of the model."""
+    dim, normals = model.config.hidden_size, model.bound["philox_normals"]
+    return partial(PhiloxNoise, SEED, user, torch.zeros_like(user), dim, model.dtype, normals)
+
+
+def our_loop(model: Model[Any, Any], condition: Any, noise: Callable[[], Noise]) -> Callable[[], Tensor]:
     """A call that gives x_0 `[B, D]`, all steps, noise drawn inside; the plan is made once, as an engine does."""
-    plan, normals, sample = model.plan("ddpm"), model.bound["philox_normals"], torch.zeros_like(user)
-
-    def run() -> Tensor:
-        noise = PhiloxNoise(SEED, user, sample, h.shape[1], h.dtype, normals)
-        return model.sample(model.prepare(h, plan, GUIDANCE), plan, noise)
-
-    return run
+    plan = model.plan("ddpm")
+    return lambda: model.sample(model.prepare(condition, plan, GUIDANCE), plan, noise())
 
 
-def our_closed_form(
-    model: Model[Any, Any], plan: StepPlan, h: Tensor
-) -> tuple[Callable[[Tensor, Tensor], Tensor], float]:
-    """(h, z) -> x_0, and the seconds that the collapse took, once per model and plan."""
+def our_closed_form(model: Model[Any, Any], condition: Any) -> tuple[Callable[[Any, Noise], Tensor], float]:
+    """(condition, noise) -> x_0, and the seconds that the collapse took, once per model and plan."""
+    plan = model.plan("ddpm")
     start = time.perf_counter()
-    affine = model.affine(model.prepare(h[:1], plan, GUIDANCE), plan)
+    affine = model.affine(model.prepare(condition[:1], plan, GUIDANCE), plan)
     assert affine is not None, "mlp1 is one linear layer"
     form = collapse(plan, affine.w_x, affine.time)
     setup = time.perf_counter() - start
 
-    def run(h: Tensor, z: Tensor) -> Tensor:
-        affine = model.affine(model.prepare(h, plan, GUIDANCE), plan)
+    def run(condition: Any, noise: Noise) -> Tensor:
+        affine = model.affine(model.prepare(condition, plan, GUIDANCE), plan)
         assert affine is not None
-        return form.sample(affine.cond, z)
+        x_0: Tensor = model.bound["sample_affine"](form, affine.cond, noise)
+        return x_0
 
     return run, setup
 
@@ -163,18 +165,28 @@ def providers(config: DreamRecConfig, batch: int, options: Options) -> Iterator[
         return sample, partial(sample, noise)
 
     yield from eager_and_compiled("published", as_published, check, options)
-    models = our_models(config, weights, device)
-    for label, model in models.items():
-        yield Provider("fastdiff", our_loop(model, h, user), check, backend=label)
+    ours = histories_to(histories, device)
+    conditions = {
+        label: (model, model.encode(ours, model.item_table))
+        for label, model in our_models(config, weights, device).items()
+    }
+    for label, (model, condition) in conditions.items():
+        yield Provider("fastdiff", our_loop(model, condition, philox(model, user)), check, backend=label)
 
     if config.denoiser != "mlp1" or not options.wants("fastdiff-closed-form"):
         return
     mean = diffusion.sample(truth.forward, truth.forward_uncon, h64, torch.zeros_like(noise.cpu()).double())
     covariance, z = chain_covariance(diffusion, truth), draw_noise(batch, dim).to(device)
-    for label, model in models.items():
-        closed, setup = our_closed_form(model, model.plan("ddpm"), h)
-        gate = partial(closed_form_gate, closed, h, mean, covariance, z=z)
-        yield Provider("fastdiff-closed-form", partial(closed, h, z), gate, backend=label, setup=setup)
+    for label, (model, condition) in conditions.items():
+        closed, setup = our_closed_form(model, condition)
+        gate = partial(closed_form_gate, closed, condition, mean, covariance, z=z)
+        run = partial(_drawing, closed, condition, philox(model, user))
+        given = partial(closed, condition, GivenNoise(z[None]))
+        yield Provider("fastdiff-closed-form", run, gate, given, backend=label, setup=setup)
+
+
+def _drawing(closed: Callable[[Any, Noise], Tensor], condition: Any, noise: Callable[[], Noise]) -> Tensor:
+    return closed(condition, noise())
 
 
 def dreamrec_case(batch: int, denoiser: str = "mlp1", **sizes: int) -> Case:
