@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -27,21 +28,22 @@ inline std::string shape_of(const Tensor& tensor) {
 
 // A contiguous CPU tensor of the dtype and shape wanted; -1 in `shape` stands for any size.
 inline Tensor checked(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
-                      const std::vector<int64_t>& shape) {
+                      std::initializer_list<int64_t> shape) {
   FASTDIFF_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
   FASTDIFF_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be of scalar type ", static_cast<int>(dtype),
                  " (got ", static_cast<int>(tensor.scalar_type()), ")");
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; fits && i < shape.size(); i++) fits = shape[i] < 0 || tensor.size(i) == shape[i];
+  const int64_t* const sizes = shape.begin();
+  for (size_t i = 0; fits && i < shape.size(); i++) fits = sizes[i] < 0 || tensor.size(i) == sizes[i];
   if (!fits) {
     std::string wanted = "[";
-    for (size_t i = 0; i < shape.size(); i++) wanted += (i ? ", " : "") + (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+    for (size_t i = 0; i < shape.size(); i++) wanted += (i ? ", " : "") + (sizes[i] < 0 ? "any" : std::to_string(sizes[i]));
     fail(op, ": ", name, " must have shape ", wanted, "] (got ", shape_of(tensor), ")");
   }
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-inline Tensor floats(const char* op, const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
+inline Tensor floats(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
   return checked(op, name, tensor, ScalarType::Float, shape);
 }
 

@@ -13,7 +13,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.models.dreamrec import DreamRec
 from fastdiff.noise import GivenNoise, PhiloxNoise
-from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop_ref
+from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights, denoise_mlp_loop_ref
 from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
@@ -47,7 +47,8 @@ def denoiser(plan: StepPlan, dim: int = DIM, rows: int = 3, scale: float = 0.4) 
 def run_loop(plan: StepPlan, w_x: Tensor, cond: Tensor, time: Tensor, noise: Tensor) -> Tensor:
     """The loop itself, for draws `[S + 1, R, D]`."""
     given = GivenNoise(noise)
-    return denoise_mlp_loop_ref(given.draw(0), MLPWeights(w_x), cond, None, 1.0, time, plan.coef, False, given)
+    sampler = MLPSampler(MLPWeights(w_x), time, plan.coef)
+    return denoise_mlp_loop_ref(given.draw(0), sampler, cond, None, 1.0, given)
 
 
 # --- moments, in float64 ----------------------------------------------------------------------------------------------
@@ -107,8 +108,8 @@ def test_draws_of_both_have_one_law(name):
     cond = cond.expand(count, -1)
     keys, first = torch.arange(count), torch.zeros(count, dtype=torch.int64)
     stepped_noise = PhiloxNoise(1, keys, first, DIM, torch.float64)
-    mlp = MLPWeights(w_x)
-    stepped = denoise_mlp_loop_ref(stepped_noise.draw(0), mlp, cond, None, 1.0, time, plan.coef, False, stepped_noise)
+    sampler = MLPSampler(MLPWeights(w_x), time, plan.coef)
+    stepped = denoise_mlp_loop_ref(stepped_noise.draw(0), sampler, cond, None, 1.0, stepped_noise)
     drawn = collapse(plan, w_x, time).sample(cond, PhiloxNoise(2, keys, first, DIM, torch.float64).draw(0))
 
     def z_scores(a: Tensor, b: Tensor) -> Tensor:

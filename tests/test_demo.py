@@ -157,7 +157,9 @@ def test_the_network_that_is_trained_is_the_model_that_runs(denoiser: str) -> No
             padded = torch.full_like(items, config.pad_id)
             padded[:, :n] = items[:, :n]
             ours = engine.model.encode(Histories(padded[:, : max(n, 1)], lengths), engine.model.item_table)
-            assert_agree(prefixes[:, n], ours, torch.float32)
+            first, dim = engine.model.weights["diffuser.0.weight"], config.hidden_size
+            share = prefixes[:, n] @ first[:, dim : 2 * dim].T + engine.model.weights["diffuser.0.bias"]
+            assert_agree(share, ours, torch.float32)
         x_t = torch.randn(7, config.hidden_size)
         last = config.schedule.num_train_timesteps - 1
         estimate = network.denoise(x_t, prefixes[:, -1], torch.full((7,), last))

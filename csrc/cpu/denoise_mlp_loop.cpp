@@ -9,10 +9,35 @@ namespace {
 
 constexpr const char* op = "denoise_mlp_loop";
 
-int64_t packed_size(const std::vector<int64_t>& widths, bool norm) {
+int64_t packed_size(const MlpShape& shape, bool norm) {
+  const int64_t* const widths = shape.widths;
   int64_t size = mlp_padded(widths[1]) * widths[0];
-  for (size_t i = 2; i < widths.size(); i++) size += mlp_padded(widths[i]) * (widths[i - 1] + 1);
+  for (int i = 2; i < shape.layers + 2; i++) size += mlp_padded(widths[i]) * (widths[i - 1] + 1);
   return size + (norm ? 2 * mlp_padded(widths[0]) : 0);
+}
+
+// What the header of a network says.
+MlpShape shape_of_network(const Tensor& network, int64_t dim) {
+  FASTDIFF_CHECK(network.size(0) >= kMlpHeader, op, ": network must begin with its header of ", kMlpHeader, " floats");
+  const float* const header = data<float>(network);
+  MlpShape shape = {};
+  FASTDIFF_CHECK(header[0] >= 0 && header[0] <= kMlpLayers, op, ": the network may have 1 to ", kMlpLayers + 1,
+                 " layers (got ", header[0] + 1, ")");
+  FASTDIFF_CHECK(header[1] >= kGelu && header[1] <= kTanh, op, ": no activation has the number ", header[1]);
+  shape.layers = static_cast<int>(header[0]);
+  shape.activation = static_cast<int>(header[1]);
+  shape.norm_eps = header[2];
+  for (int i = 0; i < shape.layers + 2; i++) {
+    const float width = header[3 + i];
+    FASTDIFF_CHECK(width > 0 && width < (1 << 18), op, ": widths must be in 1 .. 2^18 - 1 (got ", width, ")");
+    shape.widths[i] = static_cast<int64_t>(width);
+  }
+  FASTDIFF_CHECK(shape.widths[0] == dim && shape.widths[shape.layers + 1] == dim, op,
+                 ": the network must return what it reads, [R, ", dim, "] (got ", shape.widths[0], " to ",
+                 shape.widths[shape.layers + 1], ")");
+  const int64_t size = kMlpHeader + packed_size(shape, shape.norm_eps >= 0);
+  FASTDIFF_CHECK(network.size(0) == size, op, ": network must have shape [", size, "] (got ", shape_of(network), ")");
+  return shape;
 }
 
 // Rows per task: few enough for every thread to have as many tasks as any other, and enough work to be worth a thread.
@@ -24,73 +49,59 @@ int64_t rows_per_task(int64_t rows, int64_t steps, int64_t weights, int threads)
   return std::max<int64_t>(1, (rows + used * rounds - 1) / (used * rounds));
 }
 
-Tensor denoise_mlp_loop(const MaybeTensor& x_t, const Tensor& weights, const std::vector<int64_t> widths,
-                        int64_t activation, double norm_eps, const Tensor& cond, const MaybeTensor& uncond,
-                        double guidance_scale, const Tensor& time, const Tensor& coef, bool normalize,
-                        const MaybeTensor& noise, int64_t first_noise, int64_t seed, const MaybeTensor& row_key,
-                        const MaybeTensor& sample) {
-  const int layers = static_cast<int>(widths.size()) - 2;
-  FASTDIFF_CHECK(layers >= 0 && layers <= kMlpLayers, op, ": the network may have 1 to ", kMlpLayers + 1,
-                 " layers (got ", layers + 1, ")");
-  for (const int64_t width : widths) {
-    FASTDIFF_CHECK(width > 0 && width < (1 << 18), op, ": widths must be in 1 .. 2^18 - 1 (got ", width, ")");
-  }
-  const int64_t dim = widths[0], hidden = widths[1];
-  FASTDIFF_CHECK(widths.back() == dim, op, ": the network must return what it reads, [R, ", dim, "] (got ",
-                 widths.back(), ")");
+Tensor denoise_mlp_loop(const MaybeTensor& x_t, const Tensor& network, const Tensor& steps_table, int64_t dim,
+                        const Tensor& cond, const MaybeTensor& uncond, double guidance_scale, const MaybeTensor& noise,
+                        int64_t seed, const MaybeTensor& row_key, const MaybeTensor& sample) {
+  const Tensor packed = floats(op, "network", network, {-1});
+  const MlpShape shape = shape_of_network(packed, dim);
+  const int64_t hidden = shape.widths[1];
   const bool guided = uncond.has_value(), keyed = row_key.has_value();
   FASTDIFF_CHECK(keyed == sample.has_value(), op, ": row_key and sample go together");
-  const Tensor packed = floats(op, "weights", weights, {packed_size(widths, norm_eps >= 0)});
   const Tensor conds = floats(op, "cond", cond, {-1, hidden});
   const int64_t rows = conds.size(0);
   const Tensor unconds = guided ? floats(op, "uncond", *uncond, {-1, hidden}) : conds;
   const int64_t uncond_rows = unconds.size(0);
   FASTDIFF_CHECK(uncond_rows == rows || uncond_rows == 1, op, ": uncond must have 1 or ", rows, " rows (got ",
                  uncond_rows, ")");
-  const Tensor coefs = checked(op, "coef", coef, ScalarType::Double, {-1, 3});
-  const int64_t steps = coefs.size(0);
-  const Tensor times = floats(op, "time", time, {steps, hidden});
-  const double* c = data<double>(coefs);
-  int64_t last_noise = -1;
-  for (int64_t i = 0; i < steps; i++) last_noise = c[3 * i + 2] != 0.0 ? i : last_noise;
+  const int64_t table_row = kMlpFactors + mlp_padded(hidden);
+  const Tensor table = floats(op, "steps", steps_table, {-1, table_row});
+  const int64_t steps = table.size(0);
+  const float* const rows_of_table = data<float>(table);
+  int64_t last_noise = steps - 1;  // the last step that draws
+  while (last_noise >= 0 && rows_of_table[last_noise * table_row + kFactorNoise] == 0.0f) last_noise--;
   const Tensor start = x_t.has_value() ? floats(op, "x_t", *x_t, {rows, dim}) : conds;
   FASTDIFF_CHECK(x_t.has_value() || keyed, op, ": x_t must be given where the noise is not drawn here");
   const Tensor draws = noise.has_value() ? floats(op, "noise", *noise, {-1, rows, dim}) : conds;
   FASTDIFF_CHECK(last_noise < 0 || keyed || noise.has_value(), op, ": noise must be given where c_noise is not 0");
-  FASTDIFF_CHECK(!noise.has_value() || (first_noise >= 0 && first_noise + last_noise < draws.size(0)), op,
-                 ": noise must hold draws up to number ", first_noise + last_noise, " (got ", shape_of(draws), ")");
+  FASTDIFF_CHECK(!noise.has_value() || last_noise < draws.size(0), op, ": noise must hold the draws of ",
+                 last_noise + 1, " steps (got ", shape_of(draws), ")");
   const Tensor row_keys = keyed ? checked(op, "row_key", *row_key, ScalarType::Long, {rows}) : conds;
   const Tensor samples = keyed ? checked(op, "sample", *sample, ScalarType::Long, {rows}) : conds;
 
   Tensor x_0 = empty_like_with(conds, {rows, dim}, ScalarType::Float);
   if (rows == 0) return x_0;
   const int threads = num_threads();
-  const int64_t per_task = rows_per_task(rows, steps, packed_size(widths, false), threads);
-  const MlpLayout layout = mlp_layout(widths.data(), layers, per_task, guided, steps, kMlpNoise);
+  const int64_t per_task = rows_per_task(rows, steps, packed_size(shape, false), threads);
+  const MlpLayout layout = mlp_layout(shape.widths, shape.layers, per_task, guided, steps, kMlpNoise);
   const auto kernel = FASTDIFF_PICK(denoise_mlp_loop);
   parallel(threads, (rows + per_task - 1) / per_task, [&](int64_t task) {
     const int64_t first = task * per_task, here = std::min(per_task, rows - first);
     // a last, smaller block makes its noise further ahead, in the same memory
     static thread_local std::vector<float> scratch;
-    const MlpLayout needed = mlp_layout(widths.data(), layers, here, guided, steps, kMlpNoise);
+    const MlpLayout needed = mlp_layout(shape.widths, shape.layers, here, guided, steps, kMlpNoise);
     scratch.resize(static_cast<size_t>(std::max(layout.total, needed.total)) + 16);
     float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
     MlpLoopArgs args = {};
-    args.weights = data<float>(packed);
-    args.widths = widths.data();
-    args.layers = layers;
-    args.activation = static_cast<int>(activation);
-    args.norm_eps = static_cast<float>(norm_eps);
+    args.shape = shape;
+    args.weights = data<float>(packed) + kMlpHeader;
     args.x_t = x_t.has_value() ? data<float>(start) + first * dim : nullptr;
     args.cond = data<float>(conds) + first * hidden;
     args.uncond_step = uncond_rows == 1 ? 0 : hidden;
     args.uncond = guided ? data<float>(unconds) + first * args.uncond_step : nullptr;
     args.guidance_scale = static_cast<float>(guidance_scale);
-    args.time = data<float>(times);
-    args.coef = c;
+    args.table = rows_of_table;
     args.steps = steps;
-    args.normalize = normalize;
-    args.noise = noise.has_value() ? data<float>(draws) + (first_noise * rows + first) * dim : nullptr;
+    args.noise = noise.has_value() ? data<float>(draws) + first * dim : nullptr;
     args.noise_step = rows * dim;
     args.seed = static_cast<uint64_t>(seed);
     args.row_key = keyed ? data<int64_t>(row_keys) + first : nullptr;

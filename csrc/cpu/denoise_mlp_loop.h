@@ -13,24 +13,33 @@ constexpr int kMlpRows = 12;        // the most rows of one call: their state st
 constexpr int kMlpLayers = 8;       // the most layers after the first
 constexpr int kMlpNoise = 1 << 12;  // normals made ahead, about: 16 KB
 
-// `weights` is one buffer: the first layer's panels for the inputs x_t[: split], then for the rest (split: half of dim,
-// see mlp_split), then of each further layer its panels and its bias, then the weight and bias of the norm.
-struct MlpLoopArgs {
-  const float* weights;
-  const int64_t* widths;  // [layers + 2]: dim, the first layer's outputs, .., dim
-  int layers;             // after the first
+// A network is one buffer. Its first kMlpHeader floats say what it is: how many layers follow the first one, the
+// activation, the eps of the norm after the last layer (below 0 where there is none), and the widths. Then come the
+// first layer's panels for the inputs x_t[: split], and for the rest (split: half of dim, see mlp_split), of each further
+// layer its panels and its bias, and the weight and bias of the norm.
+constexpr int kMlpHeader = 16;
+
+struct MlpShape {
+  int64_t widths[kMlpLayers + 2];  // dim, the first layer's outputs, .., dim
+  int layers;                      // after the first
   int activation;
-  float norm_eps;  // of the norm after the last layer; below 0 where there is none
+  float norm_eps;
+};
+
+// What a step reads of its row of the table `steps`, kMlpFactors floats in front of the padded time.
+enum MlpFactor : int { kFactorOut = 0, kFactorState, kFactorNoise, kSphereBefore, kSphereAfter, kMlpFactors = 16 };
+
+struct MlpLoopArgs {
+  MlpShape shape;
+  const float* weights;  // of the network, behind its header
 
   const float* x_t;        // [rows, dim], or null: draw 0
   const float* cond;       // [rows, H]
   const float* uncond;     // rows uncond_step apart, or null
   int64_t uncond_step;     // H, or 0: one for all
   float guidance_scale;
-  const float* time;   // [steps, H]
-  const double* coef;  // [steps, 3]
+  const float* table;  // [steps, kMlpFactors + padded H]: the factors by MlpFactor, then the time
   int64_t steps;
-  bool normalize;
 
   const float* noise;  // given draws: step i's rows at noise + i * noise_step, dim apart; or null
   int64_t noise_step;

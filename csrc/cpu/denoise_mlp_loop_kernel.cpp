@@ -79,15 +79,16 @@ struct Network {
 
 Network unpack(const MlpLoopArgs& args) {
   Network net;
-  const int dim = static_cast<int>(args.widths[0]), split = static_cast<int>(mlp_split(dim));
+  const int64_t* const widths = args.shape.widths;
+  const int dim = static_cast<int>(widths[0]), split = static_cast<int>(mlp_split(dim));
   const float* at = args.weights;
-  const int hidden = static_cast<int>(args.widths[1]);
+  const int hidden = static_cast<int>(widths[1]);
   net.low = {at, nullptr, split, hidden};
   at += static_cast<int64_t>(padded(hidden)) * split;
   net.high = {at, nullptr, dim - split, hidden};
   at += static_cast<int64_t>(padded(hidden)) * (dim - split);
-  for (int i = 0; i < args.layers; i++) {
-    const int n_in = static_cast<int>(args.widths[i + 1]), n_out = static_cast<int>(args.widths[i + 2]);
+  for (int i = 0; i < args.shape.layers; i++) {
+    const int n_in = static_cast<int>(widths[i + 1]), n_out = static_cast<int>(widths[i + 2]);
     const float* bias = at + static_cast<int64_t>(padded(n_out)) * n_in;
     net.layers[i] = {at, bias, n_in, n_out};
     at = bias + padded(n_out);
@@ -192,14 +193,14 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
   const Network net = unpack(args);
   const bool guided = args.uncond != nullptr;
   const int rows = args.rows, branches = guided ? 2 : 1;
-  const int64_t dim = args.widths[0], hidden_dim = args.widths[1];
-  const MlpLayout lay = mlp_layout(args.widths, args.layers, rows, guided, args.steps, kMlpNoise);
+  const int layers = args.shape.layers;
+  const int64_t dim = args.shape.widths[0], hidden_dim = args.shape.widths[1];
+  const MlpLayout lay = mlp_layout(args.shape.widths, layers, rows, guided, args.steps, kMlpNoise);
   float* state = args.scratch + lay.state;
   float* next = args.scratch + lay.hidden;  // of a linear denoiser: the state after the step
-  const bool linear_only = args.layers == 0 && !guided && args.norm_eps < 0.0f;
+  const bool linear_only = layers == 0 && !guided && args.shape.norm_eps < 0.0f;
   float* const cond = args.scratch + lay.cond;
   float* const uncond = args.scratch + lay.uncond;
-  float* const time = args.scratch + lay.time;
   float* const made = args.scratch + lay.noise;
   const PhiloxKeys keys = philox_keys(args.seed);
   const Vec scale = set1(args.guidance_scale);
@@ -216,15 +217,17 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
   }
 
   int64_t noise_end = args.steps;  // behind the last step that draws
-  while (noise_end > 0 && args.coef[3 * noise_end - 1] == 0.0) noise_end--;
+  const int64_t table_row = kMlpFactors + mlp_padded(hidden_dim);
+  while (noise_end > 0 && args.table[(noise_end - 1) * table_row + kFactorNoise] == 0.0f) noise_end--;
   int64_t made_from = 0, made_to = 0;  // the steps whose normals are in `made`
   for (int64_t step = 0; step < args.steps; step++) {
-    float factors[3];
-    for (int i = 0; i < 3; i++) factors[i] = static_cast<float>(args.coef[3 * step + i]);
-    const Vec c_out = set1(factors[0]), c_xt = set1(factors[1]), c_noise = set1(factors[2]);
+    const float* const factors = args.table + step * table_row;
+    const float* const step_time = factors + kMlpFactors;
+    const Vec c_out = set1(factors[kFactorOut]), c_xt = set1(factors[kFactorState]);
+    const Vec c_noise = set1(factors[kFactorNoise]);
     const float* noise = nullptr;
     int64_t noise_step = dim;
-    if (args.coef[3 * step + 2] != 0.0) {
+    if (factors[kFactorNoise] != 0.0f) {
       if (args.noise != nullptr) {
         noise = args.noise + step * args.noise_step;
       } else {
@@ -241,15 +244,12 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
 
     float* hidden = args.scratch + lay.hidden;
     float* other = args.scratch + lay.other;
-    const float* step_time = args.time + step * hidden_dim;
-    if (hidden_dim % kLanes != 0) {
-      pad_row(step_time, hidden_dim, time, lay.wide);
-      step_time = time;
-    }
+    for (int row = 0; factors[kSphereBefore] != 0.0f && row < rows; row++) onto_sphere(state + row * lay.dim, dim);
     if (linear_only) {
-      linear_step(net, {cond, step_time, noise, lay.wide, noise_step, factors[0], factors[1], factors[2]}, state, next,
+      linear_step(net, {cond, step_time, noise, lay.wide, noise_step, factors[kFactorOut], factors[kFactorState],
+                        factors[kFactorNoise]}, state, next,
                   lay.dim, dim, rows);
-      for (int row = 0; args.normalize && row < rows; row++) onto_sphere(next + row * lay.dim, dim);
+      for (int row = 0; factors[kSphereAfter] != 0.0f && row < rows; row++) onto_sphere(next + row * lay.dim, dim);
       float* const swap = state;
       state = next;
       next = swap;
@@ -267,19 +267,19 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
         store(h + at, (x + load(cond + row * lay.wide + at)) + t);
       }
     }
-    for (int i = 0; i < args.layers; i++) {
+    for (int i = 0; i < layers; i++) {
       for (int row = 0; row < branches * rows; row++) {
-        activate_all(args.activation, hidden + row * lay.wide, padded(net.layers[i].n_in));
+        activate_all(args.shape.activation, hidden + row * lay.wide, padded(net.layers[i].n_in));
       }
       linear(net.layers[i], hidden, lay.wide, branches * rows, other, lay.wide);
       float* const swap = hidden;
       hidden = other;
       other = swap;
     }
-    if (args.norm_eps >= 0.0f) {
+    if (args.shape.norm_eps >= 0.0f) {
       for (int row = 0; row < branches * rows; row++) {
         float* const h = hidden + row * lay.wide;
-        layer_norm(h, dim, net.norm_weight, net.norm_bias, args.norm_eps, h);
+        layer_norm(h, dim, net.norm_weight, net.norm_bias, args.shape.norm_eps, h);
       }
     }
 
@@ -292,11 +292,11 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
         Vec output = load(c + at);
         if (guided) output = fma(scale, output - load(u + at), load(u + at));
         Vec x_prev = c_out * output;
-        if (factors[1] != 0.0f) x_prev = fma(c_xt, load(x + at), x_prev);
+        if (factors[kFactorState] != 0.0f) x_prev = fma(c_xt, load(x + at), x_prev);
         if (noise != nullptr) x_prev = fma(c_noise, load_n(noise + row * noise_step + at, lanes_left(dim, at)), x_prev);
         store(x + at, x_prev);
       }
-      if (args.normalize) onto_sphere(x, dim);
+      if (factors[kSphereAfter] != 0.0f) onto_sphere(x, dim);
     }
   }
   for (int row = 0; row < rows; row++) unpad_row(state + row * lay.dim, args.x_0 + row * dim, dim);

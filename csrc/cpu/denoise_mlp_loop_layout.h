@@ -10,7 +10,7 @@ namespace {  // each file has its own copy, compiled for its own instruction set
 struct MlpLayout {
   int64_t dim, wide, normals;  // row lengths: of the state, of the widest layer, of a row of normals
   int64_t ahead;               // steps whose normals are made at once
-  int64_t state, cond, uncond, time, hidden, other, noise, total;
+  int64_t state, cond, uncond, hidden, other, noise, total;
 };
 
 constexpr int64_t mlp_padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -30,8 +30,7 @@ inline MlpLayout mlp_layout(const int64_t* widths, int layers, int64_t rows, boo
   at.state = 0;
   at.cond = at.state + rows * at.dim;
   at.uncond = at.cond + rows * at.wide;
-  at.time = at.uncond + (guided ? rows * at.wide : 0);
-  at.hidden = at.time + at.wide;
+  at.hidden = at.uncond + (guided ? rows * at.wide : 0);
   at.other = at.hidden + branches * rows * at.wide;
   at.noise = at.other + branches * rows * at.wide;
   at.total = at.noise + at.ahead * rows * at.normals;

@@ -14,16 +14,16 @@ struct Norm {
 };
 
 struct Block {
-  Linear qk, v, up, down;
+  Linear qk, v, up, down, head;
   Norm first, second, feed_forward, third;
   const float* positions;
 };
 
-Block unpack(const float* at, int dim) {
-  const int64_t panels = static_cast<int64_t>(padded(dim)) * dim;
-  const auto layer = [&] {
-    const Linear here = {at, at + panels, dim, dim};
-    at += panels + padded(dim);
+Block unpack(const float* at, int dim, int outputs) {
+  const auto layer = [&](int n_out) {
+    const int64_t panels = static_cast<int64_t>(padded(n_out)) * dim;
+    const Linear here = {at, at + panels, dim, n_out};
+    at += panels + padded(n_out);
     return here;
   };
   const auto norm = [&] {
@@ -32,10 +32,11 @@ Block unpack(const float* at, int dim) {
     return here;
   };
   Block block;
-  block.qk = layer();
-  block.v = layer();
-  block.up = layer();
-  block.down = layer();
+  block.qk = layer(dim);
+  block.v = layer(dim);
+  block.up = layer(dim);
+  block.down = layer(dim);
+  block.head = layer(outputs);
   block.first = norm();
   block.second = norm();
   block.feed_forward = norm();
@@ -125,7 +126,7 @@ void attend(const EncodeLastItemArgs& args, const Block& block, const int64_t* i
 }  // namespace
 
 bool encode_last_item(const EncodeLastItemArgs& args) {
-  const Block block = unpack(args.weights, args.dim);
+  const Block block = unpack(args.weights, args.dim, args.outputs);
   const int dim = args.dim, whole = padded(dim), rows = args.rows;
   float* const query = args.scratch;
   float* const a = query + rows * whole;
@@ -133,6 +134,7 @@ bool encode_last_item(const EncodeLastItemArgs& args) {
   float* const z = b + rows * whole;
   float* const e = z + rows * whole;
   float* const logits = e + whole;
+  float* const heads = logits + (args.places + 31) / kPanel * kPanel;
 
   const auto has_item = [&](int row) {  // whether the last place holds one
     const int64_t length = args.lengths[row];
@@ -172,7 +174,14 @@ bool encode_last_item(const EncodeLastItemArgs& args) {
       for (int at = 0; at < whole; at += kLanes) store(out + at, zero());
     }
     layer_norm(out, dim, block.third.weight, block.third.bias, args.eps, out);
-    unpad_row(out, args.h + static_cast<int64_t>(row) * dim, dim);
+    if (args.outputs == 0) unpad_row(out, args.h + static_cast<int64_t>(row) * dim, dim);
+  }
+  if (args.outputs > 0) {
+    const int n_out = args.outputs;
+    linear(block.head, b, whole, rows, heads, padded(n_out));
+    for (int row = 0; row < rows; row++) {
+      unpad_row(heads + row * padded(n_out), args.h + static_cast<int64_t>(row) * n_out, n_out);
+    }
   }
   return true;
 }

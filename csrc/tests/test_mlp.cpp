@@ -1,9 +1,10 @@
-// The MLP loop and what stands around it (vectors' functions, Philox, row_linear, sample_affine, encode_last_item) against
+// The MLP loop and what stands around it (vectors' functions, Philox, row_linear, sample_affine, the encoders) against
 // plain loops in double, over sizes that fill and do not fill vectors and panels, at every level and on several threads.
 #include <thread>
 
 #include "../cpu/denoise_mlp_loop.h"
 #include "../cpu/denoise_mlp_loop_layout.h"
+#include "../cpu/encode_interests.h"
 #include "../cpu/encode_last_item.h"
 #include "../cpu/philox_normals.h"
 #include "../cpu/row_linear.h"
@@ -222,6 +223,7 @@ struct Loop {
   int activation;
   bool norm, guided, shared, normalize, given, start;
   int64_t steps;
+  bool before = false;  // put on the sphere before each step
 };
 
 double activate(int activation, double x) {
@@ -255,9 +257,16 @@ void loop(const Loop& c) {
   const Floats noise = draws.normals(c.steps * c.rows * c.dim);
   const Keys keys(draws, c.rows);
   Doubles coef;
+  Floats table;
   for (int64_t i = 0; i < c.steps; i++) {
     for (const double scale : {0.5, 0.4, 0.3}) coef.push_back(scale * draws.uniform());
     if (i % 5 == 3 || i == c.steps - 1) coef.back() = 0.0;
+    Floats factors(kMlpFactors, 0.0f);
+    for (int j = 0; j < 3; j++) factors[j] = static_cast<float>(coef[3 * i + j]);
+    factors[kSphereBefore] = c.before ? 1.0f : 0.0f;
+    factors[kSphereAfter] = c.normalize ? 1.0f : 0.0f;
+    table.insert(table.end(), factors.begin(), factors.end());
+    pack_vector(Floats(time.begin() + i * h, time.begin() + (i + 1) * h), table);
   }
 
   Floats x_0(static_cast<size_t>(c.rows * c.dim), kNaN);
@@ -265,19 +274,17 @@ void loop(const Loop& c) {
   Floats scratch(static_cast<size_t>(layout.total), kNaN);
   MlpLoopArgs args = {};
   args.weights = packed.data();
-  args.widths = widths.data();
-  args.layers = layers;
-  args.activation = c.activation;
-  args.norm_eps = c.norm ? 1e-5f : -1.0f;
+  for (size_t i = 0; i < widths.size(); i++) args.shape.widths[i] = widths[i];
+  args.shape.layers = layers;
+  args.shape.activation = c.activation;
+  args.shape.norm_eps = c.norm ? 1e-5f : -1.0f;
   args.x_t = c.start ? x_t.data() : nullptr;
   args.cond = cond.data();
   args.uncond = c.guided ? uncond.data() : nullptr;
   args.uncond_step = c.shared ? 0 : h;
   args.guidance_scale = 1.7f;
-  args.time = time.data();
-  args.coef = coef.data();
+  args.table = table.data();
   args.steps = c.steps;
-  args.normalize = c.normalize;
   args.noise = c.given ? noise.data() : nullptr;
   args.noise_step = static_cast<int64_t>(c.rows) * c.dim;
   args.seed = 99;
@@ -295,7 +302,13 @@ void loop(const Loop& c) {
     };
     Doubles x = row_of(x_t, row, c.dim);
     for (int i = 0; !c.start && i < c.dim; i++) x[i] = draw(0, i);
+    const auto onto_sphere = [&] {
+      double squares = 0;
+      for (const double value : x) squares += value * value;
+      for (double& value : x) value /= std::fmax(std::sqrt(squares), 1e-12);
+    };
     for (int64_t step = 0; step < c.steps; step++) {
+      if (c.before) onto_sphere();
       const auto network = [&](const Floats& share, int64_t share_row) {
         Doubles y = first(x, false);
         for (int64_t i = 0; i < h; i++) y[i] += static_cast<double>(share[share_row * h + i]) + time[step * h + i];
@@ -310,24 +323,22 @@ void loop(const Loop& c) {
         const Doubles null = network(uncond, c.shared ? 0 : row);
         for (int i = 0; i < c.dim; i++) output[i] = null[i] + 1.7 * (output[i] - null[i]);
       }
-      double squares = 0;
       for (int i = 0; i < c.dim; i++) {
         x[i] = coef[3 * step] * output[i] + coef[3 * step + 1] * x[i];
         if (coef[3 * step + 2] != 0.0) {
           x[i] += coef[3 * step + 2] * (c.given ? noise[(step * c.rows + row) * c.dim + i] : draw(1 + step, i));
         }
-        squares += x[i] * x[i];
       }
-      for (int i = 0; c.normalize && i < c.dim; i++) x[i] /= std::fmax(std::sqrt(squares), 1e-12);
+      if (c.normalize) onto_sphere();
     }
     want.insert(want.end(), x.begin(), x.end());
   }
   expect_close(x_0, want, 2e-5, "denoise_mlp_loop of " + std::to_string(c.dim));
 }
 
-// --- the encoder ------------------------------------------------------------------------------------------------------
+// --- the encoders -----------------------------------------------------------------------------------------------------
 
-void encode(int rows, int dim, int64_t places) {
+void encode(int rows, int dim, int64_t places, int outputs = 0) {
   Draws draws(static_cast<uint64_t>(rows * 1000 + dim));
   const int window = 9;
   const int64_t table_rows = 30, pad = 4;
@@ -336,6 +347,11 @@ void encode(int rows, int dim, int64_t places) {
   Floats packed;
   for (int i = 0; i < 4; i++) {
     layers.emplace_back(draws, dim, dim);
+    pack_panels(layers.back(), 0, dim, packed);
+    pack_vector(layers.back().bias, packed);
+  }
+  if (outputs > 0) {
+    layers.emplace_back(draws, dim, outputs);
     pack_panels(layers.back(), 0, dim, packed);
     pack_vector(layers.back().bias, packed);
   }
@@ -354,10 +370,11 @@ void encode(int rows, int dim, int64_t places) {
       items.push_back(place < lengths[row] ? draws.below(table_rows) : -12345);  // what stands behind is not read
     }
   }
-  Floats h(static_cast<size_t>(rows * dim), kNaN), scratch(static_cast<size_t>(encode_scratch(dim, places)), kNaN);
+  Floats h(static_cast<size_t>(rows * (outputs > 0 ? outputs : dim)), kNaN);
+  Floats scratch(static_cast<size_t>(encode_scratch(dim, places, outputs)), kNaN);
   const EncodeLastItemArgs args = {items.data(),  lengths.data(), places, table.data(),   table_rows, packed.data(),
-                                   window,        dim,            pad,    1e-5f,          rows,       scratch.data(),
-                                   h.data()};
+                                   window,        dim,            outputs, pad,           1e-5f,      rows,
+                                   scratch.data(), h.data()};
   EXPECT(FASTDIFF_PICK(encode_last_item)(args), "the items are rows of the table");
 
   Doubles want;
@@ -394,7 +411,9 @@ void encode(int rows, int dim, int64_t places) {
     for (int i = 0; i < dim; i++) out[i] += z[i];
     out = norm_of(out, norms[4], norms[5], 1e-5);
     if (!real) out.assign(static_cast<size_t>(dim), 0.0);
-    for (const double value : norm_of(out, norms[6], norms[7], 1e-5)) want.push_back(value);
+    out = norm_of(out, norms[6], norms[7], 1e-5);
+    if (outputs > 0) out = layers[4](out);
+    want.insert(want.end(), out.begin(), out.end());
   }
   expect_close(h, want, 1e-4, "encode_last_item of " + std::to_string(dim));
   if (places > 0 && rows > 0) {
@@ -407,14 +426,89 @@ void encode(int rows, int dim, int64_t places) {
   }
 }
 
+void interests(int rows, int dim, int64_t places, int count, bool learned, bool positions_in_values) {
+  Draws draws(static_cast<uint64_t>(rows * 1000 + dim + count));
+  const int64_t window = 70, table_rows = 30, pad = 4, hidden = 2 * dim + 3;
+  const Layer first(draws, dim, hidden), second(draws, hidden, count);
+  const Floats positions = draws.normals(window * dim), table = draws.normals(table_rows * dim);
+  Floats packed;
+  for (const Layer* layer : {&first, &second}) {
+    pack_panels(*layer, 0, layer->n_in, packed);
+    pack_vector(layer->bias, packed);
+  }
+  for (int64_t place = 0; place < window; place++) {
+    pack_vector(Floats(positions.begin() + place * dim, positions.begin() + (place + 1) * dim), packed);
+  }
+  std::vector<int64_t> items, lengths;
+  for (int row = 0; row < rows; row++) {
+    lengths.push_back(draws.below(places + 1));
+    for (int64_t place = 0; place < places; place++) {
+      items.push_back(place < lengths[row] ? draws.below(table_rows) : -12345);  // what stands behind is not read
+    }
+  }
+  Floats g(static_cast<size_t>(rows) * count * dim, kNaN);
+  Floats scratch(static_cast<size_t>(interest_scratch(rows, places, dim, hidden, count)), kNaN);
+  EncodeInterestsArgs args = {};
+  args.items = items.data(), args.lengths = lengths.data(), args.places = places;
+  args.table = table.data(), args.table_rows = table_rows, args.pad_id = pad;
+  args.weights = learned ? packed.data() : nullptr, args.window = window;
+  args.dim = dim, args.hidden = static_cast<int>(hidden), args.interests = count;
+  args.positions_in_values = positions_in_values;
+  args.rows = rows, args.scratch = scratch.data(), args.g = g.data();
+  EXPECT(FASTDIFF_PICK(encode_interests)(args), "the items are rows of the table");
+
+  Doubles want(g.size(), 0.0);
+  for (int row = 0; row < rows; row++) {
+    double* const of_row = want.data() + static_cast<int64_t>(row) * count * dim;
+    Doubles totals(static_cast<size_t>(count), 0.0);
+    for (int64_t place = 0; place < lengths[row]; place++) {
+      const int64_t item = items[row * places + place], k = place - (lengths[row] - count);
+      if (item == pad) continue;
+      Doubles placed(static_cast<size_t>(dim));
+      for (int i = 0; i < dim; i++) placed[i] = static_cast<double>(table[item * dim + i]) + positions[place * dim + i];
+      Doubles weights(static_cast<size_t>(count), 0.0);
+      if (learned) {
+        Doubles inner = first(placed);
+        for (double& value : inner) value = std::tanh(value);
+        weights = second(inner);
+        for (double& value : weights) value = std::exp(value);  // small enough to do without their maximum
+      } else if (k >= 0) {
+        weights[k] = 1.0;
+      }
+      for (int at = 0; at < count; at++) {
+        totals[at] += weights[at];
+        for (int i = 0; i < dim; i++) {
+          of_row[at * dim + i] += weights[at] * (learned && positions_in_values ? placed[i] : table[item * dim + i]);
+        }
+      }
+    }
+    for (int at = 0; at < count; at++) {
+      for (int i = 0; i < dim && totals[at] > 0; i++) of_row[at * dim + i] /= totals[at];
+    }
+  }
+  expect_close(g, want, 1e-5, "encode_interests of " + std::to_string(dim));
+  if (places > 0 && rows > 0) {
+    lengths[0] = places;
+    items[0] = table_rows;
+    EXPECT(!FASTDIFF_PICK(encode_interests)(args), "an item beyond the table");
+    items[0] = 0;
+    lengths[0] = places + 1;
+    EXPECT(!FASTDIFF_PICK(encode_interests)(args), "a length beyond the places");
+  }
+}
+
 void everything() {
   for (const int dim : {1, 2, 3, 4, 5, 15, 16, 17, 31, 50, 63, 64, 65, 130}) {
     for (const int rows : {0, 1, 3, 17}) philox(rows, dim);
     for (const int rows : {1, 2, 24}) affine(rows, dim, true), affine(rows, dim, false);
     for (const int rows : {1, 5, 24}) {
-      if (dim > 4) encode(rows, dim, 9), encode(rows, dim, 3);
+      if (dim > 4) encode(rows, dim, 9), encode(rows, dim, 3, 2 * dim);
+      interests(rows, dim, 9, 3, true, dim % 2 == 0);
+      interests(rows, dim, 3, 5, false, false);
     }
-    encode(2, dim, 0);
+    encode(2, dim, 0, 7);
+    interests(2, dim, 0, 2, true, false);
+    interests(3, dim, 60, 18, true, true);
     for (const int64_t n_out : {1, 16, 33, 64}) one_layer(1, dim, n_out), one_layer(53, dim, n_out);
     for (const int rows : {1, 2, 7, 12}) {
       for (const bool given : {false, true}) {
@@ -424,6 +518,8 @@ void everything() {
         loop({rows, dim, {7, 19}, kSilu, dim > 2, true, false, false, given, true, 3});
         loop({rows, dim, {20}, kTanh, false, false, false, false, given, true, 3});
         loop({rows, dim, {5}, kRelu, false, false, false, false, given, true, 1});
+        if (dim > 1) loop({rows, dim, {}, kGelu, false, false, false, false, given, true, 5, true});
+        if (dim > 1) loop({rows, dim, {9}, kGelu, false, true, true, false, given, given, 3, true});
       }
     }
   }
@@ -444,6 +540,7 @@ int main() {
     threads.emplace_back([] {
       loop({12, 50, {33}, kGelu, false, true, true, false, false, false, 9});
       encode(24, 50, 9);
+      interests(24, 50, 9, 4, true, true);
     });
   }
   for (std::thread& thread : threads) thread.join();

@@ -61,10 +61,11 @@ from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
 from fastdiff.ops.denoise_attention_loop import CausalPrefix, denoise_attention_loop, denoise_attention_step_ref
-from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
+from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
 from fastdiff.ops.encode_causal_history import encode_causal_history
 from fastdiff.ops.prepare_causal_prefix import prepare_causal_prefix
 from fastdiff.ops.row_linear import LinearWeights, row_linear
+from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
 
 NORM_EPS = 1e-12
@@ -93,12 +94,12 @@ class AttentionState:
 
 @dataclass(frozen=True)
 class MLPState:
-    """cond [R, 4 D], uncond [1, 4 D], time [S, 4 D]: what each adds to the first layer."""
+    """cond [R, 4 D] and uncond [1, 4 D]: what each adds to the first layer; sampler: the network and the plan."""
 
     cond: Tensor
     uncond: Tensor | None
-    time: Tensor
     guidance_scale: float
+    sampler: MLPSampler
 
 
 ADRecState = AttentionState | MLPState
@@ -132,6 +133,7 @@ class ADRec(Model[ADRecCondition, ADRecState]):
         self._times: dict[bytes, Tensor] = {}
         if config.decoder == "mlp":
             self.mlp = self._mlp()
+            self._samplers: PerObject[MLPSampler] = PerObject()
             first = "diffu.net.decoder.0"
             self.mlp_condition = LinearWeights(weights[f"{first}.weight"], weights[f"{first}.bias"])
             return
@@ -216,8 +218,8 @@ class ADRec(Model[ADRecCondition, ADRecState]):
         return ADRecCondition(histories, item_table, rows, last)
 
     def prepare(self, condition: ADRecCondition, plan: StepPlan, guidance_scale: float) -> ADRecState:
-        time = self._time_of(plan)
         if self.config.decoder == "attention":
+            time = self._time_of(plan)
             prefix = self.bound["prepare_causal_prefix"](
                 condition.rows,
                 condition.last,
@@ -235,7 +237,10 @@ class ADRec(Model[ADRecCondition, ADRecState]):
             return AttentionState(prefix, time, guidance_scale)
         uncond = None if guidance_scale == 1.0 else self.mlp_condition.bias.unsqueeze(0)
         cond = self.bound["row_linear"](condition.last, self.mlp_condition)
-        return MLPState(cond, uncond, time, guidance_scale)
+        return MLPState(cond, uncond, guidance_scale, self._samplers.get(plan, self._sampler))
+
+    def _sampler(self, plan: StepPlan) -> MLPSampler:
+        return MLPSampler(self.mlp, self._time_of(plan), plan.coef, plan.normalize)
 
     def _time_of(self, plan: StepPlan) -> Tensor:
         """lambda tau(t) [S, D] of each step, or what the MLP decoder's first layer makes of it [S, 4 D]."""
@@ -260,22 +265,28 @@ class ADRec(Model[ADRecCondition, ADRecState]):
             return denoise_attention_step_ref(
                 x_t, self.decoder, state.prefix, state.guidance_scale, self.lambda_, state.time[step]
             )
-        scale, time = state.guidance_scale, state.time[step]
+        scale, time = state.guidance_scale, state.sampler.time[step]
         return denoise_mlp_step_ref(x_t, self.mlp, state.cond, state.uncond, scale, time)
 
     def sample(self, state: ADRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
         if on_step is not None:
             return super().sample(state, plan, noise, on_step)
-        x_t, scale = self.start(noise), state.guidance_scale
         x_0: Tensor
+        scale = state.guidance_scale
         if isinstance(state, AttentionState):
             x_0 = self.bound["denoise_attention_loop"](
-                x_t, self.decoder, state.prefix, scale, self.lambda_, state.time, plan.coef, plan.normalize, noise
+                self.start(noise),
+                self.decoder,
+                state.prefix,
+                scale,
+                self.lambda_,
+                state.time,
+                plan.coef,
+                plan.normalize,
+                noise,
             )
         else:
-            x_0 = self.bound["denoise_mlp_loop"](
-                x_t, self.mlp, state.cond, state.uncond, scale, state.time, plan.coef, plan.normalize, noise
-            )
+            x_0 = self.bound["denoise_mlp_loop"](None, state.sampler, state.cond, state.uncond, scale, noise)
         return x_0
 
 

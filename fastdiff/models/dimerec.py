@@ -36,7 +36,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,7 +44,8 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories, Model, OnStep, Weights
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop
+from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights, denoise_mlp_loop
+from fastdiff.ops.encode_interests import InterestAttention, InterestExtractor, encode_interests
 from fastdiff.ops.philox_normals import philox_normals
 from fastdiff.ops.row_linear import LinearWeights, row_linear
 from fastdiff.ops.sampler_step import sampler_step
@@ -55,16 +55,16 @@ from fastdiff.plan import StepPlan
 
 @dataclass(frozen=True)
 class DimeRecState:
-    """The shares of the denoiser's first layer that do not depend on x_t: cond [R, H] with the bias, time [S, H]."""
+    """cond [R, H], the interests' share of the first layer, with its bias; sampler: the network and the plan."""
 
     cond: Tensor
-    time: Tensor
+    sampler: MLPSampler
 
 
 class DimeRec(Model[Tensor, DimeRecState]):
     """The condition is the interests g `[B, K, D]`."""
 
-    ops = (sampler_step, philox_normals, row_linear, denoise_mlp_loop)
+    ops = (sampler_step, philox_normals, encode_interests, row_linear, denoise_mlp_loop)
     item_table_key = "item_embeddings.weight"
 
     config: DimeRecConfig
@@ -75,8 +75,16 @@ class DimeRec(Model[Tensor, DimeRecState]):
         first, *rest = ((weights[f"denoiser.{i}.weight"], weights[f"denoiser.{i}.bias"]) for i in range(_depth(config)))
         self._first = LinearWeights(first[0][:, blocks["g"]].contiguous(), first[1])
         self.mlp = MLPWeights(first[0][:, blocks["x"]].contiguous(), tuple(rest), config.mlp_activation)
-        self._times: PerObject[Tensor] = PerObject()
+        self._samplers: PerObject[MLPSampler] = PerObject()
         self._time_table = weights["step_embeddings.weight"] @ first[0][:, blocks["t"]].T
+        attention = None
+        if config.guidance_extractor == "self_attention":
+            up, down = (
+                (weights[f"interest.{name}.weight"], weights[f"interest.{name}.bias"]) for name in ("w_1", "w_2")
+            )
+            positions = weights["position_embeddings.weight"]
+            attention = InterestAttention(positions, up, down, config.positions_in_values)
+        self._extractor = InterestExtractor(config.n_interests, config.pad_id, attention)
 
     @classmethod
     def weight_shapes(cls, config: Any) -> dict[str, tuple[int, ...]]:
@@ -98,31 +106,8 @@ class DimeRec(Model[Tensor, DimeRecState]):
 
     def encode(self, histories: Histories, item_table: Tensor) -> Tensor:
         """g `[B, K, D]`."""
-        items, lengths = histories.items, histories.lengths
-        if items.shape[1] == 0:
-            return item_table.new_zeros(items.shape[0], self.config.n_interests, self.config.hidden_size)
-        if self.config.guidance_extractor == "last_items":
-            return self._last_items(items, lengths, item_table)
-        return self._self_attention(items, lengths, item_table)
-
-    def _last_items(self, items: Tensor, lengths: Tensor, item_table: Tensor) -> Tensor:
-        interests = self.config.n_interests
-        place = lengths[:, None] - interests + torch.arange(interests, device=items.device)
-        rows = torch.gather(items, 1, place.clamp(min=0))
-        present = (place >= 0) & (rows != self.config.pad_id)
-        return item_table[rows] * present[..., None]
-
-    def _self_attention(self, items: Tensor, lengths: Tensor, item_table: Tensor) -> Tensor:
-        w = self.weights
-        places = torch.arange(items.shape[1], device=items.device)
-        present = ((places < lengths[:, None]) & (items != self.config.pad_id))[..., None]
-        embedded = item_table[items] * present
-        placed = embedded + w["position_embeddings.weight"][places]
-        hidden = torch.tanh(F.linear(placed, w["interest.w_1.weight"], w["interest.w_1.bias"]))
-        logits = F.linear(hidden, w["interest.w_2.weight"], w["interest.w_2.bias"])
-        attention = torch.softmax(logits.masked_fill(~present, torch.finfo(logits.dtype).min), dim=1)
-        values = placed * present if self.config.positions_in_values else embedded
-        return attention.transpose(1, 2) @ values
+        g: Tensor = self.bound["encode_interests"](histories.items, histories.lengths, item_table, self._extractor)
+        return g
 
     # --- the diffusion on the sphere ----------------------------------------------------------------------------------
 
@@ -132,12 +117,14 @@ class DimeRec(Model[Tensor, DimeRecState]):
                 f"dimerec: guidance_scale must be 1 (got {guidance_scale:g}); the method has no unconditional branch"
             )
         cond = self.bound["row_linear"](condition.flatten(1), self._first)
-        return DimeRecState(cond, self._times.get(plan, self._time))
+        return DimeRecState(cond, self._samplers.get(plan, self._sampler))
 
-    def _time(self, plan: StepPlan) -> Tensor:
-        """The first layer's share of the step embeddings `[S, H]` of a plan."""
+    def _sampler(self, plan: StepPlan) -> MLPSampler:
+        """The network with a plan: the first layer's share of its step embeddings `[S, H]`, and its coefficients."""
         offset = self.config.step_offset
-        return self._time_table[self.timesteps_of(plan, -offset, self._time_table.shape[0] - 1 - offset) + offset]
+        rows = self.timesteps_of(plan, -offset, self._time_table.shape[0] - 1 - offset) + offset
+        before, start = self.config.normalize == "before", self.config.normalize_start
+        return MLPSampler(self.mlp, self._time_table[rows], plan.coef, plan.normalize, before, start)
 
     def repeat(self, state: DimeRecState, num_samples: int) -> DimeRecState:
         return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
@@ -147,14 +134,13 @@ class DimeRec(Model[Tensor, DimeRecState]):
         return F.normalize(x_T, dim=-1) if self.config.normalize_start else x_T
 
     def denoise(self, x_t: Tensor, step: int, state: DimeRecState) -> Tensor:
-        return self.mlp(x_t, state.cond, state.time[step])
+        return self.mlp(x_t, state.cond, state.sampler.time[step])
 
     def sample(self, state: DimeRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
-        if on_step is not None or self.config.normalize == "before":
+        if on_step is not None:
             return super().sample(state, plan, noise, on_step)
         loop = self.bound["denoise_mlp_loop"]
-        x_T = self.start(noise) if self.config.normalize_start else None  # None: the noise's draw 0
-        x_0: Tensor = loop(x_T, self.mlp, state.cond, None, 1.0, state.time, plan.coef, plan.normalize, noise)
+        x_0: Tensor = loop(None, state.sampler, state.cond, None, 1.0, noise)  # None: the noise's draw 0
         return x_0
 
     def before_step(self, x_t: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ What the authors' code does beyond its paper, and so does this:
 What is restructured, equal up to rounding:
   - h needs one query and the keys up to it: the other rows of the block are not computed. W_k moves to the query and
     W_v out of the sum (softmax ignores q . b_k; its weights sum to 1), so that no key or value is ever formed;
-  - the first layer of the diffuser is split by columns: W_h h + b once per user, W_t tau(t) once per step;
-  - "mlp1" is one linear layer, so guidance folds into the condition: u + g (c - u) = f(x_t, null + g (h - null), t);
+  - the first layer of the diffuser is split by columns: W_h h + b once per user, as the encoder's last layer, and
+    W_t tau(t) once per step;
+  - "mlp1" is one linear layer, so guidance folds into the condition: u + g (c - u) of W_h h + b and W_h null + b;
     "mlp2" runs a second, unconditional branch behind its first layer.
 
 Weights: the authors' names. s_fc, emb_mlp and diff_mlp are in their checkpoints and are never read.
@@ -43,36 +44,33 @@ from fastdiff.models.base import Histories, Model, OnStep, Weights
 from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.denoise_mlp_loop import MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
+from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref, guided
 from fastdiff.ops.encode_last_item import LastItemBlock, encode_last_item
 from fastdiff.ops.philox_normals import philox_normals
-from fastdiff.ops.row_linear import LinearWeights, row_linear
 from fastdiff.ops.sample_affine import sample_affine
 from fastdiff.ops.sampler_step import sampler_step
 from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
-
-_KEPT_SCALES = 16
 
 
 @dataclass(frozen=True)
 class DreamRecState:
     """What the denoiser reads besides x_t: the shares of its first layer that do not depend on x_t.
 
-    cond    [R, H] with the bias     uncond  [1, H], or None where guidance is off or folded into `cond`
-    time    [S, H]
+    cond     [R, H] with the bias     uncond  [1, H], or None where guidance is off or folded into `cond`
+    sampler  the network and the plan
     """
 
     cond: Tensor
     uncond: Tensor | None
     guidance_scale: float
-    time: Tensor
+    sampler: MLPSampler
 
 
 class DreamRec(Model[Tensor, DreamRecState]):
-    """The condition is h `[B, D]`."""
+    """The condition is c = W_h h + b `[B, H]`, what the first layer of the diffuser makes of h."""
 
-    ops = (sampler_step, philox_normals, encode_last_item, row_linear, denoise_mlp_loop, sample_affine)
+    ops = (sampler_step, philox_normals, encode_last_item, denoise_mlp_loop, sample_affine)
     item_table_key = "item_embeddings.weight"
 
     config: DreamRecConfig
@@ -82,8 +80,8 @@ class DreamRec(Model[Tensor, DreamRecState]):
         dim = config.hidden_size
         first = weights["diffuser.0.weight"]
         w_t = first[:, 2 * dim :]
-        self._first = LinearWeights(first[:, dim : 2 * dim].contiguous(), weights["diffuser.0.bias"])
-        self._guided: dict[float, LinearWeights] = {}
+        head = (first[:, dim : 2 * dim].contiguous(), weights["diffuser.0.bias"])
+        self._uncond = F.linear(weights["none_embedding.weight"], *head)
         layers: tuple[tuple[Tensor, Tensor], ...] = ()
         if config.denoiser == "mlp2":
             layers = ((weights["diffuser.2.weight"], weights["diffuser.2.bias"]),)
@@ -91,7 +89,7 @@ class DreamRec(Model[Tensor, DreamRecState]):
         # one row more than the chain has steps: the shifted grids of TDM and PreferDiff feed T itself
         timesteps = torch.arange(config.schedule.num_train_timesteps + 1, device=self.device)
         self._time_table = self._embed_time(timesteps) @ w_t.T
-        self._times: PerObject[Tensor] = PerObject()
+        self._samplers: PerObject[MLPSampler] = PerObject()
 
         def layer(name: str) -> tuple[Tensor, Tensor]:
             weight = weights[f"{name}.weight"]
@@ -108,6 +106,7 @@ class DreamRec(Model[Tensor, DreamRecState]):
             layer("feed_forward.layer_norm"),
             layer("ln_3"),
             config.pad_id,
+            head,
         )
 
     @classmethod
@@ -139,66 +138,43 @@ class DreamRec(Model[Tensor, DreamRecState]):
     # --- the encoder ------------------------------------------------------------------------------------------------
 
     def encode(self, histories: Histories, item_table: Tensor) -> Tensor:
-        """h `[B, D]`, the last row of the transformer block."""
-        h: Tensor = self.bound["encode_last_item"](histories.items, histories.lengths, item_table, self._block)
-        return h
+        """c `[B, H]`, from the last row h of the transformer block."""
+        c: Tensor = self.bound["encode_last_item"](histories.items, histories.lengths, item_table, self._block)
+        return c
 
     # --- the denoiser -----------------------------------------------------------------------------------------------
 
     def prepare(self, condition: Tensor, plan: StepPlan, guidance_scale: float) -> DreamRecState:
-        linear = self.bound["row_linear"]
-        time = self._times.get(plan, self._time)
+        sampler = self._samplers.get(plan, self._sampler)
         if guidance_scale == 1.0:
-            return DreamRecState(linear(condition, self._first), None, 1.0, time)
+            return DreamRecState(condition, None, 1.0, sampler)
         if self.mlp.layers:
-            uncond = linear(self.weights["none_embedding.weight"], self._first)
-            return DreamRecState(linear(condition, self._first), uncond, guidance_scale, time)
-        return DreamRecState(linear(condition, self._guided_first(guidance_scale)), None, guidance_scale, time)
+            return DreamRecState(condition, self._uncond, guidance_scale, sampler)
+        return DreamRecState(guided(self._uncond, condition, guidance_scale), None, guidance_scale, sampler)
 
     def repeat(self, state: DreamRecState, num_samples: int) -> DreamRecState:
         return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
 
     def denoise(self, x_t: Tensor, step: int, state: DreamRecState) -> Tensor:
-        scale, time = state.guidance_scale, state.time[step]
+        scale, time = state.guidance_scale, state.sampler.time[step]
         return denoise_mlp_step_ref(x_t, self.mlp, state.cond, state.uncond, scale, time)
 
     def sample(self, state: DreamRecState, plan: StepPlan, noise: Noise, on_step: OnStep | None = None) -> Tensor:
         if on_step is not None:
             return super().sample(state, plan, noise, on_step)
-        x_0: Tensor = self.bound["denoise_mlp_loop"](
-            None,  # x_T is the noise's draw 0
-            self.mlp,
-            state.cond,
-            state.uncond,
-            state.guidance_scale,
-            state.time,
-            plan.coef,
-            plan.normalize,
-            noise,
-        )
+        loop = self.bound["denoise_mlp_loop"]
+        x_0: Tensor = loop(None, state.sampler, state.cond, state.uncond, state.guidance_scale, noise)  # None: draw 0
         return x_0
 
     def affine(self, state: DreamRecState, plan: StepPlan) -> AffineDenoiser | None:
         if self.mlp.layers:
             return None
-        return AffineDenoiser(self.mlp.w_in, state.cond, state.time)
+        return AffineDenoiser(self.mlp.w_in, state.cond, state.sampler.time)
 
-    def _guided_first(self, guidance_scale: float) -> LinearWeights:
-        """The first layer's share of h where guidance is folded into it: W_h (null + g (h - null)) + b."""
-        if guidance_scale not in self._guided:
-            if len(self._guided) >= _KEPT_SCALES:
-                self._guided.clear()
-            weight, bias, null = (
-                part.double()
-                for part in (self._first.weight, self._first.bias, self.weights["none_embedding.weight"][0])
-            )
-            folded = LinearWeights(guidance_scale * weight, bias + (1.0 - guidance_scale) * (weight @ null))
-            self._guided[guidance_scale] = LinearWeights(folded.weight.to(self.dtype), folded.bias.to(self.dtype))
-        return self._guided[guidance_scale]
-
-    def _time(self, plan: StepPlan) -> Tensor:
-        """W_t tau(t) `[S, H]` of the timesteps of a plan."""
-        return self._time_table[self.timesteps_of(plan, 0, self._time_table.shape[0] - 1)]
+    def _sampler(self, plan: StepPlan) -> MLPSampler:
+        """The network with a plan: W_t tau(t) `[S, H]` of its timesteps, and its coefficients."""
+        time = self._time_table[self.timesteps_of(plan, 0, self._time_table.shape[0] - 1)]
+        return MLPSampler(self.mlp, time, plan.coef, plan.normalize)
 
     def _embed_time(self, timesteps: Tensor) -> Tensor:
         """tau(t) `[S, D]`. The sinusoids are float32, as the authors compute them, whatever the weights are."""

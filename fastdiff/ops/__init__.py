@@ -19,6 +19,7 @@ _NAMES = (
     "philox_normals",
     "row_linear",
     "encode_last_item",
+    "encode_interests",
     "denoise_mlp_loop",
     "sample_affine",
     "encode_causal_history",

@@ -49,6 +49,26 @@ class MLPWeights:
         return h
 
 
+@dataclass(frozen=True)
+class MLPSampler:
+    """Everything of a run that is the same for all users: the network, and what each step of a plan reads.
+
+    Made once per network and plan, and never changed, so that a backend may keep its own form of it.
+
+    mlp   the network
+    time  [S, H] its first layer's share of each step's time embedding
+    coef  [S, 3] float64, see `StepPlan`
+    normalize, normalize_before, normalize_start  put x on the unit sphere after every step; before it; x_T alone
+    """
+
+    mlp: MLPWeights
+    time: Tensor
+    coef: Tensor
+    normalize: bool = False
+    normalize_before: bool = False
+    normalize_start: bool = False
+
+
 def guided(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: u + g (c - u) (Ho & Salimans 2022); g = 1 is off."""
     return uncond + guidance_scale * (cond - uncond)
@@ -67,13 +87,10 @@ def denoise_mlp_step_ref(
 
 def denoise_mlp_loop_ref(
     x_t: Tensor | None,
-    mlp: MLPWeights,
+    sampler: MLPSampler,
     cond: Tensor,
     uncond: Tensor | None,
     guidance_scale: float,
-    time: Tensor,
-    coef: Tensor,
-    normalize: bool,
     noise: Noise,
 ) -> Tensor:
     """Run S steps: output_i = mlp(x_i, cond, time[i]); x_{i+1} = sampler_step(output_i, x_i, noise 1 + i, *coef[i]).
@@ -82,15 +99,16 @@ def denoise_mlp_loop_ref(
     cond            [R, H] the first layer's share of the condition, with its bias
     uncond          [R, H] or [1, H] the same for the unconditional pass; None where guidance is off or folded in `cond`
     guidance_scale  g of u + g (c - u); used only with `uncond`
-    time            [S, H] the first layer's share of each step's time embedding
-    coef            [S, 3] float64, see `StepPlan`
     noise           draw 1 + i is asked for at step i where coef[i, 2] is not 0
     Returns x_0 [R, D].
     """
     x_t = noise.draw(0) if x_t is None else x_t
-    for i, (c_out, c_xt, c_noise) in enumerate(coef.tolist()):
-        output = denoise_mlp_step_ref(x_t, mlp, cond, uncond, guidance_scale, time[i])
-        x_t = sampler_step_ref(output, x_t, noise.draw(1 + i) if c_noise else None, c_out, c_xt, c_noise, normalize)
+    x_t = F.normalize(x_t, dim=-1) if sampler.normalize_start else x_t
+    for i, (c_out, c_xt, c_noise) in enumerate(sampler.coef.tolist()):
+        x_t = F.normalize(x_t, dim=-1) if sampler.normalize_before else x_t
+        output = denoise_mlp_step_ref(x_t, sampler.mlp, cond, uncond, guidance_scale, sampler.time[i])
+        draw = noise.draw(1 + i) if c_noise else None
+        x_t = sampler_step_ref(output, x_t, draw, c_out, c_xt, c_noise, sampler.normalize)
     return x_t
 
 

@@ -1,4 +1,4 @@
-"""encode_last_item: the last row of one causal transformer block over a history (DreamRec, TA-Rec)."""
+"""encode_last_item: the last row of one causal transformer block over a history, or a linear layer of it (DreamRec)."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class LastItemBlock:
     value, up, down  (weight [D, D], bias [D]) of the values and of the two layers of the feed-forward
     norm_1, norm_2, norm_ff, norm_3  (weight [D], bias [D])
     pad_id     the row of the table that stands for no item
+    head       (weight [H, D], bias [H]) of a layer that reads the row; None leaves the row as it is
     """
 
     positions: Tensor
@@ -35,6 +36,7 @@ class LastItemBlock:
     norm_ff: tuple[Tensor, Tensor]
     norm_3: tuple[Tensor, Tensor]
     pad_id: int
+    head: tuple[Tensor, Tensor] | None = None
     eps: float = 1e-5
 
     @staticmethod
@@ -45,7 +47,9 @@ class LastItemBlock:
 
 
 def encode_last_item_ref(items: Tensor, lengths: Tensor, item_table: Tensor, block: LastItemBlock) -> Tensor:
-    """h [B, D] = LN3(LN_ff(W_2 relu(W_1 z + b_1) + b_2 + z) 1[s_last is an item]), z = LN2(q + attention(q)), with
+    """head(h) [B, H], or h [B, D] where there is no head, of the last row
+
+        h = LN3(LN_ff(W_2 relu(W_1 z + b_1) + b_2 + z) 1[s_last is an item]),    z = LN2(q + attention(q)),
 
         e_j = (E[s_j] + P_j) 1[s_j != pad]    q = LN1(e_last)    attention = W_v sum_j softmax_j(qk(q) . e_j) e_j + b_v
 
@@ -68,7 +72,8 @@ def encode_last_item_ref(items: Tensor, lengths: Tensor, item_table: Tensor, blo
     z = _norm(block.norm_2, y, block)
     hidden = F.linear(F.relu(F.linear(z, *block.up)), *block.down)
     out = _norm(block.norm_ff, hidden + z, block) * inside[rows, last][:, None]
-    return _norm(block.norm_3, out, block)
+    h = _norm(block.norm_3, out, block)
+    return h if block.head is None else F.linear(h, *block.head)
 
 
 def _attend(query: Tensor, e: Tensor, visible: Tensor, block: LastItemBlock) -> Tensor:

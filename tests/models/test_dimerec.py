@@ -13,7 +13,8 @@ from fastdiff.config import DimeRecConfig, ScheduleConfig
 from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.models.dimerec import DimeRec
-from fastdiff.noise import GivenNoise
+from fastdiff.noise import GivenNoise, PhiloxNoise
+from fastdiff.ops.encode_interests import encode_interests
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 BASE = DimeRecConfig(
@@ -202,3 +203,49 @@ def test_what_cannot_be_meant_is_refused():
         model.prepare(interests, plan, 2.0)
     with pytest.raises(InvalidArgument, match=r"timesteps must lie in -1\.\.8, what this dimerec"):
         model.prepare(interests, replace(plan, timesteps=plan.timesteps + 1), 1.0)
+
+
+@pytest.mark.skipif("cpu" not in encode_interests.available("cpu"), reason="the C++ ops are not built")
+@pytest.mark.parametrize("extractor", ["self_attention", "last_items"])
+@pytest.mark.parametrize("normalize", ["after", "before"])
+@pytest.mark.parametrize("widths", [(), (13,)])
+def test_a_user_has_the_same_bits_in_any_batch_in_cpp(extractor, normalize, widths):
+    config = replace(BASE, guidance_extractor=extractor, normalize=normalize, mlp_widths=widths)
+    plain, _ = make(config, dtype=torch.float32)
+    model = DimeRec(config, plain.weights, {op.name: op.bind("cpu", "cpu") for op in DimeRec.ops})
+    histories, plan = random_histories(config, [0, 3, 7, 1, 5] * 8), model.plan("ddpm")
+
+    def philox(rows: slice, made_by: DimeRec) -> PhiloxNoise:
+        keys = torch.arange(40)[rows]
+        return PhiloxNoise(5, keys, keys % 2, config.hidden_size, torch.float32, made_by.bound["philox_normals"])
+
+    def x_0(made_by: DimeRec, rows: slice) -> Tensor:
+        part = Histories(histories.items[rows], histories.lengths[rows])
+        state = made_by.prepare(made_by.encode(part, made_by.item_table), plan, 1.0)
+        return made_by.sample(state, plan, philox(rows, made_by))
+
+    together = x_0(model, slice(0, 40))
+    assert_agree(together, x_0(plain, slice(0, 40)), torch.float32, factor=4)
+    for rows in (slice(0, 1), slice(1, 2), slice(7, 29)):
+        assert torch.equal(x_0(model, rows), together[rows])
+
+
+def test_philox_starts_are_drawn_inside_the_loop():
+    """The loop is handed the noise, not x_T."""
+    model, _ = make(BASE, dtype=torch.float32)
+    given: list[object] = []
+    loop = model.bound["denoise_mlp_loop"]
+
+    def watched(x_t: Tensor | None, *rest: object) -> Tensor:
+        given.append(x_t)
+        return loop(x_t, *rest)
+
+    bound = model.bound | {"denoise_mlp_loop": replace(loop, function=watched)}
+    watched_model = DimeRec(BASE, model.weights, bound)
+    keys = torch.arange(2)
+    noise = PhiloxNoise(5, keys, keys, BASE.hidden_size, torch.float32)
+    plan = model.plan("ddpm")
+    condition = model.encode(random_histories(BASE, [2, 5]), model.item_table)
+    x_0 = watched_model.sample(watched_model.prepare(condition, plan, 1.0), plan, noise)
+    assert given == [None]
+    assert_agree(x_0, model.sample(model.prepare(condition, plan, 1.0), plan, noise, lambda *_: None), torch.float32)

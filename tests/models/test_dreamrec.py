@@ -45,11 +45,17 @@ def random_histories(config: DreamRecConfig, lengths: list[int]) -> Histories:
 
 
 def published_condition(published: PublishedDreamRec, histories: Histories) -> Tensor:
-    """Padded to the full window; an empty history is one pad."""
+    """Padded to the full window; an empty history is one pad. Returns h `[B, D]`."""
     states = torch.full((histories.batch_size, published.state_size), published.item_num)
     states[:, : histories.items.shape[1]] = histories.items
     with torch.no_grad():
         return published.condition(states, histories.lengths.clamp(min=1))
+
+
+def first_layer(published: PublishedDreamRec, h: Tensor) -> Tensor:
+    """What the first layer of the denoiser makes of h, with its bias."""
+    first, dim = published.diffuser[0], h.shape[-1]
+    return (h @ first.weight[:, dim : 2 * dim].T + first.bias).detach()
 
 
 def run(model: DreamRec, histories: Histories, noise: Tensor, guidance: float = 1.0, plan=None, on_step=None) -> Tensor:
@@ -80,8 +86,11 @@ def test_equals_what_the_authors_code_returned(golden):
     histories = Histories(record["history"], record["history_len"].masked_fill(empty, 0))
 
     condition = model.encode(histories, model.item_table)
-    assert relative_error(condition, record["condition"]) < GOLDEN
-    assert torch.equal(condition[empty], weights["ln_3.bias"].expand(int(empty.sum()), -1))
+    first, dim = weights["diffuser.0.weight"], config.hidden_size
+    share = record["condition"] @ first[:, dim : 2 * dim].T + weights["diffuser.0.bias"]
+    assert relative_error(condition, share) < GOLDEN
+    cold = weights["ln_3.bias"] @ first[:, dim : 2 * dim].T + weights["diffuser.0.bias"]
+    assert relative_error(condition[empty], cold.expand(int(empty.sum()), -1)) < GOLDEN
 
     for on_step in (None, lambda step, timestep, x: None):
         x_0 = run(model, histories, record["noise"], 1.0 + args["w"], on_step=on_step)
@@ -130,7 +139,7 @@ def test_equals_the_published_algorithm(lengths, hidden_size, denoiser, family, 
     noise = torch.randn(steps, len(lengths), hidden_size, dtype=dtype)
 
     h = published_condition(published, histories)
-    assert_agree(model.encode(histories, model.item_table), h, dtype)
+    assert_agree(model.encode(histories, model.item_table), first_layer(published, h), dtype)
     truth = diffusion.sample(published.forward, published.forward_uncon, h, noise)
     assert_agree(run(model, histories, noise, 1.0 + w), truth, dtype, factor=4)
 
@@ -139,9 +148,9 @@ def test_an_empty_history_is_the_bias_of_the_last_norm():
     model, published = make(BASE)
     for lengths in ([0], [0, 4]):
         histories = random_histories(BASE, lengths)
-        h = model.encode(histories, model.item_table)
-        assert torch.equal(h[0], model.weights["ln_3.bias"])
-        assert_agree(h, published_condition(published, histories), torch.float64)
+        c = model.encode(histories, model.item_table)
+        assert_agree(c[0], first_layer(published, model.weights["ln_3.bias"]), torch.float64)
+        assert_agree(c, first_layer(published, published_condition(published, histories)), torch.float64)
     assert model.encode(random_histories(BASE, []), model.item_table).shape == (0, 12)
 
 
@@ -165,7 +174,7 @@ def test_items_whose_features_sum_to_zero_are_masked_as_published(history):
     model = DreamRec(BASE, {n: v.detach() for n, v in published.state_dict().items() if not n.startswith(unused)})
     histories = Histories(torch.tensor([history]), torch.tensor([len(history)]))
     ours = model.encode(histories, model.item_table)
-    assert_agree(ours, published_condition(published, histories), torch.float64)
+    assert_agree(ours, first_layer(published, published_condition(published, histories)), torch.float64)
 
 
 def test_a_query_whose_norm_sums_to_zero_attends_to_nothing():
@@ -177,10 +186,10 @@ def test_a_query_whose_norm_sums_to_zero_attends_to_nothing():
     unused = DreamRec.unused_weights()
     weights = {n: v.detach().clone() for n, v in published.state_dict().items() if not n.startswith(unused)}
     histories = random_histories(BASE, [2, 6])
-    h = DreamRec(BASE, weights).encode(histories, weights["item_embeddings.weight"])
-    assert_agree(h, published_condition(published, histories), torch.float64)
+    c = DreamRec(BASE, weights).encode(histories, weights["item_embeddings.weight"])
+    assert_agree(c, first_layer(published, published_condition(published, histories)), torch.float64)
     weights["mh_attn.linear_v.bias"] += 1  # nothing that attention returns can matter
-    assert torch.equal(h, DreamRec(BASE, weights).encode(histories, weights["item_embeddings.weight"]))
+    assert torch.equal(c, DreamRec(BASE, weights).encode(histories, weights["item_embeddings.weight"]))
 
 
 def test_half_precision_keeps_items_whose_rounded_features_sum_to_zero():

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastdiff.noise import GeneratorNoise, GivenNoise, Noise, PhiloxNoise, StartNoise
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.denoise_mlp_loop import ACTIVATIONS, MLPWeights, denoise_mlp_loop, denoise_mlp_loop_ref, guided
+from fastdiff.ops.denoise_mlp_loop import (
+    ACTIVATIONS,
+    MLPSampler,
+    MLPWeights,
+    denoise_mlp_loop,
+    denoise_mlp_loop_ref,
+    guided,
+)
 from tests.tolerances import FLOOR, assert_agree, relative_error
 
 CPU_MISSING = "cpu" not in denoise_mlp_loop.available("cpu")
@@ -41,6 +48,8 @@ class Case:
     out_norm: bool = False
     guidance: str = "none"  # or "shared": one unconditional row, or "per row"
     normalize: bool = False
+    normalize_before: bool = False
+    normalize_start: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         torch.manual_seed(self.rows * 1000 + self.dim)
@@ -71,7 +80,9 @@ def truth_of(case: Case, made: dict[str, Tensor]) -> Tensor:
         return F.layer_norm(h, (case.dim,), *made["norm"], 1e-5) if case.out_norm else h
 
     x = made["noise"][0]
+    x = F.normalize(x, dim=1) if case.normalize_start else x
     for i in range(case.steps):
+        x = F.normalize(x, dim=1) if case.normalize_before else x
         output = network(x, made["cond"], made["time"][i])
         if case.guidance != "none":
             uncond = network(x, made["null"], made["time"][i])
@@ -95,13 +106,18 @@ def arguments(case: Case, made: dict[str, Tensor], dtype: torch.dtype) -> tuple:
     cond = F.linear(made["cond"], w_c, made["b0"])
     uncond = None if case.guidance == "none" else F.linear(made["null"], w_c, made["b0"])
     noise = GivenNoise(made["noise"])
-    return noise.draw(0), mlp, cond, uncond, 2.5, made["time"] @ w_t.T, made["coef"], case.normalize, noise
+    on_sphere = (case.normalize, case.normalize_before, case.normalize_start)
+    sampler = MLPSampler(mlp, made["time"] @ w_t.T, made["coef"], *on_sphere)
+    return noise.draw(0), sampler, cond, uncond, 2.5, noise
 
 
 LINEAR, ONE, TWO = Case(), Case(hidden=(11,)), Case(hidden=(12, 8))
 CASES = {
     "linear": LINEAR,
     "linear on the sphere": replace(LINEAR, normalize=True),
+    "normalised at the start": replace(LINEAR, normalize_start=True),
+    "normalised before each step": replace(ONE, normalize_before=True, normalize_start=True),
+    "linear, normalised before each step": replace(LINEAR, rows=13, dim=33, normalize_before=True),
     "one row, one step": replace(LINEAR, rows=1, steps=1),
     "one dim": replace(ONE, dim=1),
     "no rows": replace(ONE, rows=0),
@@ -140,9 +156,10 @@ def test_noise_is_asked_for_only_where_it_counts(loop):
             return self.rest.draw(index)
 
     given = list(arguments(LINEAR, LINEAR.tensors(), torch.float32))
-    given[6] = given[6].clone()
-    given[6][2, 2] = 0.0
-    given[8] = strict = Strict(given[8])
+    coef = given[1].coef.clone()
+    coef[2, 2] = 0.0
+    given[1] = replace(given[1], coef=coef)
+    given[5] = strict = Strict(given[5])
     loop(*given)
     assert strict.asked == [1, 2, 4, 5, 6]
 
@@ -157,10 +174,10 @@ def test_rows_do_not_depend_on_each_other(loop, dtype):
     skip_unless_it_runs(loop, dtype)
     case = CASES["many rows"]
     given = list(arguments(case, case.tensors(), dtype))
-    together = loop(*given[:8], philox(slice(0, case.rows), dtype, case.dim))
+    together = loop(*given[:5], philox(slice(0, case.rows), dtype, case.dim))
     for row in (0, 5, 36):
         rows = slice(row, row + 1)
-        alone = loop(given[0][rows], given[1], given[2][rows], *given[3:8], philox(rows, dtype, case.dim))
+        alone = loop(given[0][rows], given[1], given[2][rows], *given[3:5], philox(rows, dtype, case.dim))
         assert_agree(alone, together[rows], dtype)
 
 
@@ -172,12 +189,12 @@ def test_draws_made_inside_are_the_draws_of_the_noise(loop, dtype):
         given = arguments(case, case.tensors(), dtype)
         rows = slice(0, case.rows)
         draws = torch.stack([philox(rows, dtype, case.dim).draw(i) for i in range(case.steps + 1)])
-        truth = loop(draws[0], *given[1:8], GivenNoise(draws))
-        assert_agree(loop(None, *given[1:8], GivenNoise(draws)), truth, dtype)
-        assert_agree(loop(None, *given[1:8], philox(rows, dtype, case.dim)), truth, dtype)
-        assert_agree(loop(draws[0], *given[1:8], philox(rows, dtype, case.dim)), truth, dtype)
+        truth = loop(draws[0], *given[1:5], GivenNoise(draws))
+        assert_agree(loop(None, *given[1:5], GivenNoise(draws)), truth, dtype)
+        assert_agree(loop(None, *given[1:5], philox(rows, dtype, case.dim)), truth, dtype)
+        assert_agree(loop(draws[0], *given[1:5], philox(rows, dtype, case.dim)), truth, dtype)
         start = StartNoise(given[0], philox(rows, dtype, case.dim))
-        assert_agree(loop(None, *given[1:8], start), loop(given[0], *given[1:8], GivenNoise(draws)), dtype)
+        assert_agree(loop(None, *given[1:5], start), loop(given[0], *given[1:5], GivenNoise(draws)), dtype)
 
 
 def test_draws_of_a_generator_are_taken_in_the_order_of_the_steps(loop):
@@ -188,7 +205,7 @@ def test_draws_of_a_generator_are_taken_in_the_order_of_the_steps(loop):
         generator = torch.Generator().manual_seed(3)
         return GeneratorNoise(generator, case.rows, 1, case.dim, torch.float32, torch.device("cpu"))
 
-    assert_agree(loop(None, *given[1:8], noise()), denoise_mlp_loop_ref(None, *given[1:8], noise()), torch.float32)
+    assert_agree(loop(None, *given[1:5], noise()), denoise_mlp_loop_ref(None, *given[1:5], noise()), torch.float32)
 
 
 def test_weights_are_told_apart_by_the_object_that_holds_them(loop):
@@ -197,7 +214,7 @@ def test_weights_are_told_apart_by_the_object_that_holds_them(loop):
         torch.manual_seed(seed)
         w_in, cond, time = torch.randn(3, 3), torch.randn(2, 3), torch.randn(1, 3)
         x, coef = torch.randn(2, 3), torch.tensor([[1.0, 0.0, 0.0]]).double()
-        ours = loop(x, MLPWeights(w_in), cond, None, 1.0, time, coef, False, GivenNoise(x[None]))
+        ours = loop(x, MLPSampler(MLPWeights(w_in), time, coef), cond, None, 1.0, GivenNoise(x[None]))
         assert_agree(ours, x @ w_in.T + cond + time, torch.float32)
 
 
@@ -215,13 +232,13 @@ def test_weights_are_told_apart_by_the_object_that_holds_them(loop):
 )
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(case):
     loop = denoise_mlp_loop.bind("cpu", "cpu")
-    _, mlp, cond, uncond, *rest = arguments(case, case.tensors(), torch.float32)
-    whole = loop(None, mlp, cond, uncond, *rest[:-1], philox(slice(0, case.rows), torch.float32, case.dim))
+    _, sampler, cond, uncond, scale, _ = arguments(case, case.tensors(), torch.float32)
+    whole = loop(None, sampler, cond, uncond, scale, philox(slice(0, case.rows), torch.float32, case.dim))
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         for rows in (slice(0, 61), slice(0, 1), slice(60, 61), slice(7, 9), slice(20, 33), slice(3, 50)):
             null = uncond[rows] if case.guidance == "per row" else uncond
-            part = loop(None, mlp, cond[rows], null, *rest[:-1], philox(rows, torch.float32, case.dim))
+            part = loop(None, sampler, cond[rows], null, scale, philox(rows, torch.float32, case.dim))
             assert torch.equal(part, whole[rows]), (threads, rows)
 
 
@@ -232,30 +249,28 @@ def test_opcheck(turn):
 
     loop = denoise_mlp_loop.bind("cpu", "cpu")
     case = replace(ONE, rows=5, dim=8, hidden=(12,), guidance="shared")
-    x, mlp, cond, uncond, scale, time, coef, normalize, noise = arguments(case, case.tensors(), torch.float32)
-    turned = [turn(value) for value in (x, cond, uncond, time)]
+    x, sampler, cond, uncond, scale, noise = arguments(case, case.tensors(), torch.float32)
+    turned = [turn(value) for value in (x, cond, uncond)]
     keys = torch.arange(10)[::2]
-    for given, first, row_key in ((noise.noise, 1, None), (None, 0, keys)):
-        common = (scale, turned[3], coef, normalize, given, first, 7, row_key, row_key)
-        torch.library.opcheck(
-            torch.ops.fastdiff.denoise_mlp_loop.default, (turned[0], *_pack(mlp), turned[1], turned[2], *common)
-        )
+    for given, row_key in ((noise.noise[1:], None), (torch.cat([noise.noise] * 2, 2)[1:, :, :8], None), (None, keys)):
+        common = (turned[1], turned[2], scale, given, 7, row_key, row_key)
+        torch.library.opcheck(torch.ops.fastdiff.denoise_mlp_loop.default, (turned[0], *_pack(sampler), *common))
     assert loop.backend == "cpu"
 
 
 @pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
 def test_what_does_not_fit_is_named():
     loop = denoise_mlp_loop.bind("cpu", "cpu")
-    x, mlp, cond, uncond, scale, time, coef, normalize, noise = arguments(LINEAR, LINEAR.tensors(), torch.float32)
-    rest = (uncond, scale, time, coef, normalize)
+    x, sampler, cond, uncond, scale, noise = arguments(LINEAR, LINEAR.tensors(), torch.float32)
+    rest = (uncond, scale)
     with pytest.raises(RuntimeError, match=r"denoise_mlp_loop: cond must have shape \[any, 6\] \(got \[4, 5\]\)"):
-        loop(x, mlp, cond[:, :5], *rest, noise)
+        loop(x, sampler, cond[:, :5], *rest, noise)
     with pytest.raises(RuntimeError, match=r"denoise_mlp_loop: x_t must have shape \[4, 6\] \(got \[3, 6\]\)"):
-        loop(x[:3], mlp, cond, *rest, noise)
-    with pytest.raises(RuntimeError, match=r"noise must hold draws up to number 6 \(got \[4, 4, 6\]\)"):
-        loop(x, mlp, cond, *rest, GivenNoise(noise.noise[:4]))
+        loop(x[:3], sampler, cond, *rest, noise)
+    with pytest.raises(RuntimeError, match=r"noise must hold the draws of 6 steps \(got \[3, 4, 6\]\)"):
+        loop(x, sampler, cond, *rest, GivenNoise(noise.noise[:4]))
     with pytest.raises(RuntimeError, match="denoise_mlp_loop: x_t must be of scalar type"):
-        loop(x.double(), mlp, cond, *rest, noise)
+        loop(x.double(), sampler, cond, *rest, noise)
 
 
 def test_guidance_of_one_is_the_conditional_branch():

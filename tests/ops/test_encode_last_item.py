@@ -127,12 +127,29 @@ def test_no_users_and_no_places(encode):
     assert torch.equal(cold, block.norm_3[1].expand(3, 8))
 
 
+@pytest.mark.usefixtures("nan_empty")
+@pytest.mark.parametrize("outputs", [1, 16, 33, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_head_reads_the_row(encode, outputs, dtype):
+    if encode_last_item.why_not(encode.backend, "cpu", dtype):
+        pytest.skip(encode_last_item.why_not(encode.backend, "cpu", dtype))
+    table, w, block = make(20, dtype)
+    head = (torch.randn(outputs, 20, dtype=dtype), torch.randn(outputs, dtype=dtype))
+    items, lengths = histories()
+    ours = encode(items, lengths, table, replace(block, head=head))
+    truth = whole_block(items, lengths, table.double(), {name: value.to(dtype).double() for name, value in w.items()})
+    assert ours.dtype == dtype
+    assert_agree(ours, F.linear(truth, head[0].double(), head[1].double()), dtype)
+    assert encode(items[:0], lengths[:0], table, replace(block, head=head)).shape == (0, outputs)
+
+
 @pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
 @pytest.mark.parametrize("dim", [20, 64])
 def test_a_row_has_the_same_bits_in_any_batch_width_and_number_of_threads(dim):
     encode = encode_last_item.bind("cpu", "cpu")
     table, _, block = make(dim, torch.float32)
     items, lengths = (torch.cat([part] * 20) for part in histories())
+    block = replace(block, head=(torch.randn(37, dim), torch.randn(37)))
     whole = encode(items, lengths, table, block)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -165,8 +182,9 @@ def test_opcheck():
     transposed, sliced = items.T.contiguous().T, torch.cat([items, items], dim=1)[:, : items.shape[1]]
     for given in (items, transposed, sliced):
         for rows in (table, table.T.contiguous().T):
-            arguments = (given, lengths, rows, _pack(block), WINDOW, PAD, 1e-5)
-            torch.library.opcheck(torch.ops.fastdiff.encode_last_item.default, arguments)
+            for made in (block, replace(block, head=(torch.randn(5, 8), torch.randn(5)))):
+                arguments = (given, lengths, rows, *_pack(made), PAD, 1e-5)
+                torch.library.opcheck(torch.ops.fastdiff.encode_last_item.default, arguments)
 
 
 def test_other_weights_are_other_results(encode):
@@ -174,7 +192,7 @@ def test_other_weights_are_other_results(encode):
     table, _, block = make(8, torch.float32)
     items, lengths = histories()
     for field in fields(block):
-        if field.name in ("pad_id", "eps"):
+        if field.name in ("pad_id", "head", "eps"):
             continue
         value = getattr(block, field.name)
         changed = value + 1 if isinstance(value, Tensor) else (value[0] * 1.5, value[1] + 0.5)

@@ -15,17 +15,18 @@ def encode_last_item(items: Tensor, lengths: Tensor, item_table: Tensor, block: 
     A sum of features is taken for 0 where it is 0 in float64: sums that are 0 in exact arithmetic are found whatever
     their order, and those that float32 rounds to 0 by chance are not masked.
     """
-    weights = packed(block, _pack)
+    weights, window, outputs = packed(block, _pack)
     h: Tensor = torch.ops.fastdiff.encode_last_item.default(
-        items, lengths, item_table, weights, block.positions.shape[0], block.pad_id, block.eps
+        items, lengths, item_table, weights, window, outputs, block.pad_id, block.eps
     )
     return h
 
 
-def _pack(block: LastItemBlock) -> Tensor:
-    """All weights in one buffer, as csrc/cpu/encode_last_item.h says."""
-    layers = [block.qk, block.value, block.up, block.down]
+def _pack(block: LastItemBlock) -> tuple[Tensor, int, int]:
+    """All weights in one buffer, as csrc/cpu/encode_last_item.h says; the window; the head's outputs, 0 without one."""
+    layers = [block.qk, block.value, block.up, block.down, *([] if block.head is None else [block.head])]
     norms = [block.norm_1, block.norm_2, block.norm_ff, block.norm_3]
     parts = [part for weight, bias in layers for part in (pack_linear(weight), pack_vector(bias))]
     parts += [pack_vector(values) for norm in norms for values in norm]
-    return join(*parts, *(pack_vector(position) for position in block.positions))
+    weights = join(*parts, *(pack_vector(position) for position in block.positions))
+    return weights, block.positions.shape[0], 0 if block.head is None else block.head[1].shape[0]

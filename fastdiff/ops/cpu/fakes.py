@@ -30,10 +30,8 @@ def _denoise_attention_loop(x_t: Tensor, *_: object) -> Tensor:
 
 
 @torch.library.register_fake("fastdiff::denoise_mlp_loop")
-def _denoise_mlp_loop(
-    x_t: Tensor | None, weights: Tensor, widths: list[int], activation: int, norm_eps: float, cond: Tensor, *_: object
-) -> Tensor:
-    return cond.new_empty((cond.shape[0], widths[0]))
+def _denoise_mlp_loop(x_t: Tensor | None, network: Tensor, steps: Tensor, dim: int, cond: Tensor, *_: object) -> Tensor:
+    return cond.new_empty((cond.shape[0], dim))
 
 
 @torch.library.register_fake("fastdiff::score_topk")
@@ -116,8 +114,24 @@ def _prepare_causal_prefix(
 
 
 @torch.library.register_fake("fastdiff::encode_last_item")
-def _encode_last_item(items: Tensor, lengths: Tensor, item_table: Tensor, *_: object) -> Tensor:
-    return item_table.new_empty((items.shape[0], item_table.shape[1]))
+def _encode_last_item(
+    items: Tensor, lengths: Tensor, item_table: Tensor, weights: Tensor, window: int, outputs: int, *_: object
+) -> Tensor:
+    return item_table.new_empty((items.shape[0], outputs or item_table.shape[1]))
+
+
+@torch.library.register_fake("fastdiff::encode_interests")
+def _encode_interests(
+    items: Tensor,
+    lengths: Tensor,
+    item_table: Tensor,
+    weights: Tensor | None,
+    window: int,
+    hidden: int,
+    interests: int,
+    *_: object,
+) -> Tensor:
+    return item_table.new_empty((items.shape[0], interests, item_table.shape[1]))
 
 
 @torch.library.register_fake("fastdiff::row_linear")
