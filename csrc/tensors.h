@@ -1,6 +1,7 @@
 // What the op wrappers need of torch's stable ABI: checked, contiguous tensors and their pointers.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -60,9 +61,17 @@ T* mutable_data(const Tensor& tensor) {
 // What torch.set_num_threads says.
 inline int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-// A new tensor [sizes] like `like` in device and layout.
-inline Tensor empty_like_with(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// A new contiguous tensor [sizes] on the CPU, where `like` is. The C shim is called as it is: stable::new_empty goes
+// through the dispatcher, 0.7 us more of the 10 us that a call for one user takes.
+inline Tensor empty_like_with(const Tensor& /* like */, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  int64_t strides[8], step = 1;
+  FASTDIFF_CHECK(sizes.size() <= 8, "a tensor of ", sizes.size(), " dimensions");
+  for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(1, sizes[i])) strides[i] = step;
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 }  // namespace fastdiff

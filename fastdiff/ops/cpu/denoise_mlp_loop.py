@@ -25,7 +25,7 @@ def denoise_mlp_loop(
     """See `fastdiff.ops.denoise_mlp_loop.denoise_mlp_loop_ref`; float32 only. Philox draws are made inside the loop,
     other ones are asked for before it, in the same order."""
     network, steps, dim = packed(sampler, _pack)
-    if isinstance(noise, StartNoise):
+    if not isinstance(noise, PhiloxNoise) and isinstance(noise, StartNoise):  # the usual kind is asked for first
         x_t = noise.start if x_t is None else x_t
         noise = noise.rest
     given, seed = None, 0
