@@ -315,6 +315,16 @@ def test_an_index_checks_what_it_is_made_of() -> None:
     for ids in (flat.astype(np.int32), np.arange(6)[::2], [1, 2, 3]):
         with pytest.raises(TypeError):
             make(ids, flat)
+    for row in (-1, 2**70, "0", None, 1.0):
+        with pytest.raises(ValueError, match="rows must be integers"):
+            item_ids._C.ItemIndex.of_strings({"a": row}).lists([["a"]])
+
+
+@needs_c
+def test_a_window_is_no_negative_number() -> None:
+    index = item_ids._C.ItemIndex.of_rows(9, [0])
+    with pytest.raises(ValueError, match="max_seq_len must not be negative"):
+        index.pack([[1, 2, 3]], pad_id=0, pad_inside=False, max_seq_len=-1)
 
 
 def test_without_the_extension_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

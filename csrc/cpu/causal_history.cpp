@@ -99,11 +99,14 @@ void run(const CausalHistoryArgs& args, const std::vector<int64_t>& starts) {
   }
 }
 
-void check_items(const char* op, const Tensor& items, const std::vector<int64_t>& lengths_starts, int64_t table_rows) {
+void check_items(const char* op, const Tensor& items, const std::vector<int64_t>& lengths_starts, int64_t table_rows,
+                 int64_t window) {
   const int64_t width = items.size(1);
+  FASTDIFF_CHECK(window >= 1, op, ": window must be at least 1 (got ", window, ")");
   for (int64_t user = 0; user < items.size(0); user++) {
     const int64_t n = lengths_starts[user + 1] - lengths_starts[user];
     FASTDIFF_CHECK(n <= width, op, ": lengths must be at most the width of items, ", width, " (got ", n, ")");
+    FASTDIFF_CHECK(n <= window, op, ": lengths must be at most the window, ", window, " (got ", n, ")");
     for (int64_t i = 0; i < n; i++) {
       const int64_t item = data<int64_t>(items)[user * width + i];
       FASTDIFF_CHECK(item >= 0 && item < table_rows, op, ": items must be rows of the table of ", table_rows, " (got ",
@@ -131,7 +134,7 @@ std::tuple<Tensor, Tensor> encode_causal_history(const Tensor& items, const Tens
   const Tensor pad_keys = floats(op, "pads", pads, {packed.size(), 1, 2 * dim});
   const Tensor pad_last = floats(op, "pad_output", pad_output, {1, dim});
   const std::vector<int64_t> starts = starts_of(op, counts);
-  check_items(op, histories, starts, table.size(0));
+  check_items(op, histories, starts, table.size(0), window);
   std::vector<float> log_pads(users);
   for (int64_t i = 0; i < users; i++) log_pads[i] = std::log(static_cast<float>(window - (starts[i + 1] - starts[i])));
 
@@ -174,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> prepare_causal_prefix(const Tensor& condition
   const Tensor clean = floats(op, "time", time, {dim});
   const std::vector<int64_t> condition_starts = starts_of(op, counts);
   const Tensor conditions = floats(op, "condition", condition, {condition_starts.back(), dim});
-  check_items(op, histories, condition_starts, table.size(0));
+  check_items(op, histories, condition_starts, table.size(0), window);
 
   Tensor slots = empty_like_with(counts, {users}, ScalarType::Long);
   Tensor log_pads = empty_like_with(table, {users}, ScalarType::Float);

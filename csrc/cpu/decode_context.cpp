@@ -17,7 +17,8 @@ Tensor decode_context(const Tensor& context, const Tensor& weights, int64_t head
   const int64_t users = contexts.size(0), dim = contexts.size(1);
   FASTDIFF_CHECK(heads >= 1 && dim >= 1 && dim % heads == 0 && dim <= (1 << 16), op,
                  ": dim must be a multiple of heads (got ", dim, " and ", heads, ")");
-  FASTDIFF_CHECK(num_samples >= 1, op, ": num_samples must be at least 1 (got ", num_samples, ")");
+  FASTDIFF_CHECK(num_samples >= 1 && num_samples < (1 << 24), op, ": num_samples must be in 1 .. 2^24 - 1 (got ",
+                 num_samples, ")");
   FASTDIFF_CHECK(!coupled || users < (1 << 24), op, ": a coupled batch must hold less than 2^24 users (got ", users,
                  ")");
   const int64_t rows = users * num_samples, step = padded(static_cast<int>(dim));

@@ -13,7 +13,8 @@ Tensor philox_normals(int64_t seed, const Tensor& row_key, const Tensor& sample,
   const int64_t rows = keys.size(0);
   const Tensor samples = checked(op, "sample", sample, ScalarType::Long, {rows});
   FASTDIFF_CHECK(dim >= 0 && dim <= (1 << 18), op, ": dim must be in 0 .. 2^18 (got ", dim, ")");
-  FASTDIFF_CHECK(first_draw >= 0 && n_draws >= 0 && first_draw + n_draws <= (int64_t{1} << 32), op,
+  constexpr int64_t kDraws = int64_t{1} << 32;
+  FASTDIFF_CHECK(first_draw >= 0 && n_draws >= 0 && first_draw <= kDraws && n_draws <= kDraws - first_draw, op,
                  ": draws must be numbered from 0 to 2^32 - 1 (got ", first_draw, " and ", n_draws, " of them)");
   Tensor normals = empty_like_with(keys, {n_draws, rows, dim}, ScalarType::Float);
   if (rows == 0 || dim == 0) return normals;

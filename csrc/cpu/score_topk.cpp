@@ -12,12 +12,12 @@ constexpr int kOneChunk = 62;  // a shift by which every row is of the first chu
 constexpr int64_t kChunk = 16;
 
 // Rows that lie one behind the other need not do so without gaps.
-Tensor rows_of(const char* name, const Tensor& table, int64_t dim) {
+Tensor rows_of(const char* op, const char* name, const Tensor& table, int64_t dim) {
   if (table.is_cpu() && table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.size(1) == dim &&
       (dim == 1 || table.stride(1) == 1) && table.stride(0) >= dim) {
     return table;
   }
-  return floats(kOp, name, table, {-1, dim});
+  return floats(op, name, table, {-1, dim});
 }
 
 int64_t bytes_between_rows(const Tensor& table) { return (table.size(0) > 1 ? table.stride(0) : table.size(1)) * 4; }
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_em
                                       const Tensor& bounds, bool certified) {
   const Tensor queries = floats(kOp, "query", query, {-1, -1});
   const int64_t n = queries.size(0), dim = queries.size(1);
-  const Tensor items = rows_of("item_emb", item_emb, dim);
+  const Tensor items = rows_of(kOp, "item_emb", item_emb, dim);
   const int64_t n_rows = items.size(0);
   FASTDIFF_CHECK(dim >= 1 && k >= 1 && n_rows < (int64_t{1} << 31), kOp, ": wants D >= 1, k >= 1 and N < 2^31");
   FASTDIFF_CHECK(stored >= 0 && stored <= 2, kOp, ": stored must be 0, 1 or 2 (got ", stored, ")");
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> topk_pack(const Tensor& item_emb, int64_t stored) {
   FASTDIFF_CHECK(item_emb.dim() == 2, "topk_pack: item_emb must be [N, D] (got ", shape_of(item_emb), ")");
   FASTDIFF_CHECK(stored >= 0 && stored <= 2, "topk_pack: stored must be 0, 1 or 2 (got ", stored, ")");
   const int64_t n_rows = item_emb.size(0), dim = item_emb.size(1);
-  const Tensor items = rows_of("item_emb", item_emb, dim);
+  const Tensor items = rows_of("topk_pack", "item_emb", item_emb, dim);
   Tensor rows =
       empty_like_with(items, {stored == 0 ? 0 : n_rows, dim}, stored == 1 ? ScalarType::BFloat16 : ScalarType::Byte);
   Tensor bounds = empty_like_with(items, {(n_rows + kBlock - 1) / kBlock, 4}, ScalarType::Float);

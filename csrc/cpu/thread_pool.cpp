@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <condition_variable>
 #include <exception>
@@ -52,8 +53,11 @@ struct Job {
   int wanted;                   // workers that may still join; under the pool's mutex
   std::atomic<bool> failed{false};
   std::exception_ptr error;
+  // The caller's way with subnormal floats, which torch.set_flush_denormal changes for one thread: a worker takes it over,
+  // or a row's bits would depend on who computes it.
+  std::fenv_t mode;
 
-  Job(const Task& run, int64_t tasks, int wanted) : run(run), tasks(tasks), wanted(wanted) {}
+  Job(const Task& run, int64_t tasks, int wanted) : run(run), tasks(tasks), wanted(wanted) { std::fegetenv(&mode); }
 
   void work() {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -111,6 +115,7 @@ class Pool {
         if (job == nullptr) seen = posted_.load(std::memory_order_relaxed);
       }
       if (job != nullptr) {
+        std::fesetenv(&job->mode);
         job->work();
         std::lock_guard<std::mutex> lock(mutex_);
         if (job->working.fetch_sub(1, std::memory_order_release) == 1) left_.notify_all();

@@ -216,7 +216,12 @@ class StringItems : public ItemIndex {
         if (PyErr_Occurred() != nullptr) throw py::error_already_set();
         return false;
       }
-      packing.add_row(PyLong_AsLongLong(row));
+      const long long number = PyLong_CheckExact(row) ? PyLong_AsLongLong(row) : -1;
+      if (number < 0) {
+        PyErr_Clear();
+        throw std::invalid_argument("ItemIndex.of_strings: rows must be integers in 0 .. 2^63 - 1");
+      }
+      packing.add_row(number);
       return true;
     };
     return each_list(lists, packing, [&](PyObject* list) { return each_item(list, add_item); });
@@ -253,6 +258,7 @@ void bind_item_index(py::module_& module) {
       .def(
           "pack",
           [](const ItemIndex& self, py::handle histories, int64_t pad_id, bool pad_inside, int64_t max_seq_len) {
+            if (max_seq_len < 0) throw std::invalid_argument("ItemIndex.pack: max_seq_len must not be negative");
             return self.pack(histories.ptr(), Format{true, pad_id, pad_inside, max_seq_len});
           },
           py::arg("histories"), py::arg("pad_id"), py::arg("pad_inside"), py::arg("max_seq_len"),

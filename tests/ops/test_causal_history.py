@@ -282,6 +282,15 @@ def test_items_beyond_the_table_are_refused(item: int) -> None:
 
 
 @built
+def test_histories_beyond_the_window_are_refused() -> None:
+    p = problem([2, 3], window=5) | {"window": 2}
+    with pytest.raises(RuntimeError, match=r"encode_causal_history: lengths must be at most the window, 2 \(got 3\)"):
+        encode("cpu", p, False, torch.float32)
+    with pytest.raises(RuntimeError, match=r"prepare_causal_prefix: lengths must be at most the window, 2 \(got 3\)"):
+        prepare("cpu", p, False, True, torch.float32)
+
+
+@built
 @pytest.mark.parametrize("strided", [False, True])
 def test_opcheck(strided: bool) -> None:
     encode_causal_history.bind("cpu", "cpu")

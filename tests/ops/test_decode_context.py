@@ -119,3 +119,5 @@ def test_opcheck(coupled: bool) -> None:
     torch.library.opcheck(op, (context, weights, *sizes, None, 1, -5, keys, keys % 2))
     with pytest.raises(RuntimeError, match="decode_context: noise must hold a draw for step 1"):
         op(context, weights, *sizes, noise[:1], 1, 0, None, None)
+    with pytest.raises(RuntimeError, match=r"decode_context: num_samples must be in 1 \.\. 2\^24 - 1"):
+        op(context, weights, *sizes[:-2], 2**63 - 1, None, None, 1, -5, keys, keys % 2)

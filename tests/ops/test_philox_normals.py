@@ -107,3 +107,5 @@ def test_what_cannot_be_drawn_is_named():
         normals(1, keys, samples[:2], 0, 1, 4)
     with pytest.raises(RuntimeError, match="philox_normals: draws must be numbered"):
         normals(1, keys, samples, -1, 1, 4)
+    with pytest.raises(RuntimeError, match="philox_normals: draws must be numbered"):
+        normals(1, keys, samples, 2**63 - 1, 1, 4)  # the sum of the two does not fit in 64 bits

@@ -70,3 +70,19 @@ def test_what_does_not_fit_is_named():
     linear = row_linear.bind("cpu", "cpu")
     with pytest.raises(RuntimeError, match=r"row_linear: weights must have shape \[64\] \(got \[48\]\)"):
         linear(torch.randn(2, 3), LinearWeights(*made(2, 5)))
+
+
+@pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
+def test_workers_treat_subnormals_as_the_caller_does():
+    linear = row_linear.bind("cpu", "cpu")
+    x, layer = torch.full((100_000, 64), 1e-39), LinearWeights(torch.ones(16, 64), torch.zeros(16))
+    torch.set_num_threads(4)
+    counted = linear(x, layer)  # the workers start here
+    assert (counted.view(torch.int32) > 0).all()
+    try:
+        assert torch.set_flush_denormal(True)
+        flushed = [linear(x, layer) for _ in range(3)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert not any(y.any() for y in flushed)
+    assert torch.equal(linear(x, layer), counted)
