@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -64,7 +65,7 @@ def torch_paths() -> tuple[Path, Path]:
 def build_ops(output: Path) -> None:
     """Compile and link the ops library to `output`, each source once, each kernel once per level; only what changed is
     built. Raises CannotBuild with the compiler's words."""
-    include, lib = torch_paths()
+    include, lib = (shlex.quote(str(path)).replace("$", "$$") for path in torch_paths())  # for a shell, in ninja's file
     flags = f"{compilation.FLAGS} {TORCH_FLAGS} {os.environ.get('CXXFLAGS', '')} -isystem {include}"
     build = compilation.Build(ROOT / "build" / f"ops-{platform.machine()}", compilation.find_compiler(), flags)
     objects = [name for source in compilation.library_sources() for name in build.compile(source)]

@@ -86,7 +86,7 @@ def needs_torch(source: Path) -> bool:
 
 def find_compiler() -> str:
     """A compiler that knows C++17 and every instruction set: the variable CXX, or else c++, g++ or clang++."""
-    wanted = os.environ.get("CXX")
+    wanted = os.environ.get("CXX", "").strip()
     found = [name for name in ([wanted] if wanted else ["c++", "g++", "clang++"]) if shutil.which(name.split()[0])]
     if not found:
         raise CannotBuild(

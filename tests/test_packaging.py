@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastdiff.ops import ALL
 from fastdiff.ops.backend import BACKENDS
@@ -177,6 +178,32 @@ def test_without_a_compiler_the_build_goes_on_and_says_what_is_lost(compiler: st
     assert not list(source.rglob("*.so"))
     developer = build(["setup.py", "-q", "build_ops", "--if-possible"], source, CXX=compiler)
     assert (developer.returncode, developer.stderr.count("were not built: ")) == (0, 1)
+
+
+def test_torch_may_lie_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    if why_no_ops() is not None:
+        pytest.skip("no C++ compiler or no ninja here")
+    folder = tmp_path / "site packages"
+    folder.mkdir()
+    (folder / "torch").symlink_to(Path(torch.__file__).parent)
+    compiler, said = tmp_path / "c++", tmp_path / "said"
+    # notes what it is told, one word a line, and compiles nothing but the trial from standard input
+    note = f"for word; do echo \"$word\"; done >> '{said}'"
+    compiler.write_text(f"#!/bin/sh\n{note}\ncase \" $* \" in *' -x '*) exit 0;; esac\nexit 1\n")
+    compiler.chmod(0o755)
+    source = copy_of_the_checkout(tmp_path)
+    build(["setup.py", "-q", "build_ops"], source, CXX=str(compiler), PYTHONPATH=str(folder))
+    words = said.read_text().splitlines()
+    assert str(folder / "torch" / "include") in words
+
+
+def test_a_blank_name_of_a_compiler_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    if why_no_ops() is not None:
+        pytest.skip("no C++ compiler or no ninja here")
+    result = python("import compilation; print(compilation.find_compiler())", ROOT / "csrc")
+    monkeypatch.setenv("CXX", " ")
+    assert python("import compilation; print(compilation.find_compiler())", ROOT / "csrc").stdout == result.stdout
+    assert result.returncode == 0
 
 
 def test_an_isolated_build_cannot_see_torch_and_says_what_is_lost(tmp_path: Path) -> None:
