@@ -1,4 +1,5 @@
 // levels: baseline avx2 avx512 avx512_vnni avx512_bf16 amx
+#include "dot_rows.h"
 #include "dot_tiles.h"
 #include "score_topk.h"
 
@@ -9,7 +10,19 @@ namespace {
 using namespace topk;
 
 constexpr int kTogether = 4;   // blocks that few queries take at a time
+constexpr int64_t kFew = 3;    // up to so many queries take rows one by one where they lie
 constexpr int64_t kAhead = 2;  // blocks from the one at work to the one that is fetched into the second-level cache
+
+#if defined(__AVX512F__)
+// A mask as a word. GCC 12 may put the word aside by storing the mask's 16 bits and read 32 of them back (seen under
+// ThreadSanitizer at -O1: kmovw %k3, 0x240(%rsp); cmpl $0, 0x240(%rsp)), which makes lanes 16 to 31 of what lay there
+// before. So the word is made in a register.
+FASTDIFF_INLINE uint32_t word_of(__mmask16 mask) {
+  uint32_t word = mask;
+  asm("" : "+r"(word));
+  return word;
+}
+#endif
 
 // One block of 64 rows on its way through the scan.
 struct Block {
@@ -283,7 +296,33 @@ class Scan {
     compare<n>(q, item, sums);
   }
 
+#if defined(__AVX512F__)
+  // Rows one by one, for each query 16 at a time.
+  template <class Number>
+  void few() {
+    for (int64_t group = 0; group < kBlock; group += 16) {
+      for (int64_t i = 0; i < 16; i++) prefetch(group + i);
+      for (int64_t q = 0; q < queries_.n; q++) {
+        const __m512 scores = dot_rows<Number>(block_->rows + group, queries_.floats + q * dim_, dim_);
+        const __m512 threshold = _mm512_set1_ps(thresholds()[q]);
+        uint32_t hits = word_of(_mm512_cmp_ps_mask(scores, threshold, _CMP_GE_OQ));
+        if (__builtin_expect(hits == 0, 1)) continue;
+        alignas(64) float score[16];
+        _mm512_store_ps(score, scores);
+        for (; hits != 0; hits &= hits - 1) {
+          const int lane = __builtin_ctz(hits);
+          keep(q, group + lane, score[lane]);
+        }
+      }
+    }
+  }
+#endif
+
   void float32() {
+#if defined(__AVX512F__)
+    if (queries_.n <= kFew && table_.stored == Stored::float32) return few<float>();
+    if (queries_.n <= kFew && table_.stored == Stored::bfloat16) return few<uint16_t>();
+#endif
     const float* panels = wide_panels();
     for (int64_t item = 0; item < kBlock; item += kItems) {
       const float* panel = panels + item * dim_;
@@ -331,10 +370,8 @@ class Scan {
 #endif
 
 #if defined(__AVX512VNNI__)
-  // GCC 12 gives wrong sums here when it compiles for ThreadSanitizer at -O1 (and only then: not at -O0, -O3, under the
-  // other sanitizers, or with clang), so it is told to leave this function alone; all that it touches is one thread's.
   template <int n>
-  __attribute__((no_sanitize("thread"))) void int8_tile(int64_t q, const float* panel) {
+  void int8_tile(int64_t q, const float* panel) {
     __m512i sums[n][kVectors];
     dot_int8<n>(panel, queries_.words + q * queries_.steps, queries_.steps, sums);
     for (int i = 0; i < n; i++) {
@@ -343,7 +380,7 @@ class Scan {
       for (int v = 1; v < kVectors; v++) highest = _mm512_max_epi32(highest, sums[i][v]);
       if (__builtin_expect(_mm512_cmpge_epi32_mask(highest, threshold) == 0, 1)) continue;
       for (int v = 0; v < kVectors; v++) {
-        uint32_t hits = _mm512_cmpge_epi32_mask(sums[i][v], threshold);
+        uint32_t hits = word_of(_mm512_cmpge_epi32_mask(sums[i][v], threshold));
         if (hits == 0) continue;
         alignas(64) int32_t sum[16];
         _mm512_store_si512(sum, sums[i][v]);
@@ -432,8 +469,8 @@ class Scan {
 
   template <bool int8>
   static FASTDIFF_INLINE uint32_t reach(__m512i sums, __m512i threshold) {
-    return int8 ? _mm512_cmpge_epi32_mask(sums, threshold)
-                : _mm512_cmp_ps_mask(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(threshold), _CMP_GE_OQ);
+    return word_of(int8 ? _mm512_cmpge_epi32_mask(sums, threshold)
+                        : _mm512_cmp_ps_mask(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(threshold), _CMP_GE_OQ));
   }
 
   template <bool int8>

@@ -10,6 +10,8 @@
 
 #include "../check.h"
 #include "score_topk_exact.h"
+#include "score_topk_rows.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 #if defined(__x86_64__)
@@ -25,6 +27,9 @@ constexpr double kLargest = 0x1p126;        // scores below this cannot overflow
 constexpr int64_t kWidest = 1 << 16;        // wider vectors are scored by the definition: the bounds would be loose
 constexpr int64_t kBufferBytes = 32 << 20;  // for what scans keep, all threads and queries together
 constexpr int64_t kFewRows = 256;           // tables up to this size are scored by the definition
+constexpr int64_t kFewQueries = 3;          // up to so many read rows where they lie, by vectors
+constexpr int64_t kSmallTable = 1 << 15;    // and have all their scores in memory where the table is this small,
+constexpr int64_t kSmallBytes = 2 << 20;    // also in bytes: one thread reads it from its second-level cache
 
 // --- the order
 // --------------------------------------------------------------------------------------------------------
@@ -106,8 +111,22 @@ bool fast_bfloat16() {
 #endif
 }
 
-Product product_for(Stored stored) {
+// few: for kFewQueries or less of any table, or of one whose scores all fit into memory.
+enum class Few { no, queries, queries_of_small_table };
+
+Product product_for(const Table& table, int64_t n_queries, Few few) {
   const Level now = level();
+  const Stored stored = table.stored;
+  if (few == Few::queries_of_small_table) {
+    if (stored == Stored::float32) return Product::float32;
+    if (now >= Level::amx && table.row_bytes % 64 == 0) {
+      return stored == Stored::int8 ? Product::int8_tiles : Product::bfloat16_tiles;
+    }
+    return stored == Stored::int8 && now >= Level::avx512_vnni ? Product::int8 : Product::float32;
+  }
+  if (few == Few::queries && (stored == Stored::float32 || (stored == Stored::bfloat16 && n_queries == 1))) {
+    return Product::float32;  // that needs no rounding
+  }
   if (stored == Stored::int8) {
     if (now >= Level::amx) return Product::int8_tiles;
     return now >= Level::avx512_vnni ? Product::int8 : Product::float32;
@@ -665,6 +684,63 @@ std::vector<int64_t> scan_all(const Search& search, const Way& way, const Allowe
   return left;
 }
 
+// --- few queries of a small table
+// -------------------------------------------------------------------------------------
+
+// One thread's work: to wake another takes longer.
+void scan_small(const Search& search, const Way& way, const Allowed& allowed, const std::vector<int64_t>& which,
+                double largest_norm, Report& report) {
+  const Prepared prepared(search, which, way.product, way.table.stored, way.residual, largest_norm);
+  const int64_t padded = round_up(way.table.n_rows, kStretch), n_groups = padded / 16, dim = way.table.dim;
+  float* const memory = scratch(2 * padded + 2 * n_groups + kBlock * dim);
+  RowsArgs args;
+  args.table = way.table;
+  args.product = way.product;
+  args.queries = prepared.view();
+  args.allowed = allowed.bits.empty() ? nullptr : allowed.bits.data();
+  args.scores = memory;
+  args.rows = reinterpret_cast<int32_t*>(memory + padded);
+  args.low = memory + 2 * padded;
+  args.scratch = args.low + 2 * n_groups;
+  float* const some = args.low + n_groups;
+  std::vector<uint64_t> keys;
+  for (size_t i = 0; i < which.size(); i++) {
+    args.query = static_cast<int64_t>(i);
+    FASTDIFF_PICK_ALL(topk_row_scores)(args);
+    if (search.exclude.offsets != nullptr) {
+      for (int64_t at = search.exclude.offsets[which[i]]; at < search.exclude.offsets[which[i] + 1]; at++) {
+        args.scores[search.exclude.values[at]] = -kInfinity;
+      }
+    }
+    FASTDIFF_PICK_ALL(topk_row_floors)(args);
+    int64_t n_some = 0;
+    for (int64_t group = 0; group < n_groups; group++) {
+      some[n_some] = args.low[group];
+      n_some += args.low[group] > -kInfinity;
+    }
+    const float floor = n_some < search.k ? -kInfinity : FASTDIFF_PICK(topk_floor)(some, n_some, search.k);
+    const int64_t n = FASTDIFF_PICK_ALL(topk_rows_reaching)(args, floor);
+    ExactArgs exact;
+    exact.query = search.queries + which[i] * dim;
+    exact.items = search.items.chunks[0];
+    exact.row_bytes = search.items.row_bytes;
+    exact.dim = dim;
+    exact.rows = args.rows;
+    exact.first = 0;
+    exact.n = n;
+    exact.scores = args.scores;
+    exact.scratch = args.scratch;
+    FASTDIFF_PICK(topk_exact)(exact);
+    keys.resize(static_cast<size_t>(n));
+    for (int64_t j = 0; j < n; j++) {
+      keys[static_cast<size_t>(j)] = to_key(args.scores[j], static_cast<uint32_t>(args.rows[j]));
+    }
+    best_first(keys, search.k);
+    write(keys, search.k, search.rows + which[i] * search.k, search.scores + which[i] * search.k);
+    report.rescored += n;
+  }
+}
+
 // --- by the definition
 // ------------------------------------------------------------------------------------------------
 
@@ -858,10 +934,18 @@ void search(const Search& search, Report* report) {
   const bool gather = 4 * allowed.count <= n_rows;
   if (gather) few = allowed.rows();
   const Table& table = gather ? items : search.scan;
-  const Product product = product_for(table.stored);
+  const int64_t n_scanned = static_cast<int64_t>(in_range.size());
+  const bool small = n_rows <= kSmallTable && n_rows * table.row_bytes <= kSmallBytes && !gather;
+  const Few few_queries = n_scanned > kFewQueries ? Few::no : small ? Few::queries_of_small_table : Few::queries;
+  const Product product = product_for(table, n_scanned, few_queries);
   const bool residual = search.scan.stored != Stored::int8 || table.stored == Stored::int8;
   const Way first{table, product, residual, gather ? &few : nullptr};
-  std::vector<int64_t> left = scan_all(search, first, allowed, in_range, largest_norm, true, counts);
+  std::vector<int64_t> left;
+  if (few_queries == Few::queries_of_small_table) {
+    scan_small(search, first, allowed, in_range, largest_norm, counts);
+  } else {
+    left = scan_all(search, first, allowed, in_range, largest_norm, true, counts);
+  }
   counts.scanned += static_cast<int64_t>(in_range.size());
   if (!left.empty() && !(product == Product::float32 && table.stored == Stored::float32)) {
     const Way second{items, Product::float32, residual, gather ? &few : nullptr};

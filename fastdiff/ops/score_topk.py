@@ -215,34 +215,39 @@ def check_topk(
             f"score_topk: item_emb must be [N, {query.shape[1]}] float32, as wide as the query "
             f"(got {describe(item_emb)})"
         )
-    n_users, n_rows, device = query.shape[0], item_emb.shape[0], query.device
+    (n_users, dim), n_rows, device = query.shape, item_emb.shape[0], query.device
     if n_rows >= 1 << 31:
         raise InvalidArgument(
             f"score_topk: item_emb may hold at most 2^31 - 1 rows (got {n_rows}); score shards and merge_topk them"
         )
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise InvalidArgument(f"score_topk: k must be an integer of at least 1 (got {k!r})")
-    places = {"item_emb": item_emb.device}
+    if item_emb.device != device:
+        raise _elsewhere("item_emb", item_emb.device, device)
     if allowed is not None:
-        places["allowed"] = allowed.device
         if allowed.dtype != torch.bool or allowed.shape != (n_rows,):
             raise InvalidArgument(f"score_topk: allowed must be [{n_rows}] bool, one per row (got {describe(allowed)})")
+        if allowed.device != device:
+            raise _elsewhere("allowed", allowed.device, device)
     if scan is not None:
-        places["scan"] = scan.device
-        if (scan.n_rows, scan.dim) != item_emb.shape:
+        if scan.n_rows != n_rows or scan.dim != dim:
             raise InvalidArgument(
                 f"score_topk: scan must be of item_emb, {list(item_emb.shape)} (got {[scan.n_rows, scan.dim]})"
             )
+        if scan.device != device:
+            raise _elsewhere("scan", scan.device, device)
     for name, lists in (("user_exclude", user_exclude), ("user_candidates", user_candidates)):
         if lists is not None:
-            places[name] = lists.values.device
             if lists.n_users != n_users:
                 raise InvalidArgument(
                     f"score_topk: {name} must hold one list per query, {n_users} (got {lists.n_users})"
                 )
-    for name, place in places.items():
-        if place != device:
-            raise InvalidArgument(f"score_topk: {name} must be where the query is, on {device} (got {place}); move it")
+            if lists.values.device != device:
+                raise _elsewhere(name, lists.values.device, device)
+
+
+def _elsewhere(name: str, place: torch.device, device: torch.device) -> InvalidArgument:
+    return InvalidArgument(f"score_topk: {name} must be where the query is, on {device} (got {place}); move it")
 
 
 def _check_rows(name: str, lists: UserLists, n_rows: int) -> None:
