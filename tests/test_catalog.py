@@ -445,6 +445,7 @@ def test_save_and_load(kind: str, scan_dtype: torch.dtype | None, tmp_path: Path
         "catalog.safetensors",
     ]
     assert repr(loaded) == repr(catalog)
+    assert loaded._vectors.scan.choice is catalog._vectors.scan.choice is scan_dtype
     assert torch.equal(loaded.table, catalog.table)
     assert torch.equal(loaded.is_item, catalog.is_item)
     assert loaded.item_ids == catalog.item_ids

@@ -1,5 +1,5 @@
-// Products of rows as they lie in memory with one query: for a few queries, whose rows are read once and not worth being
-// brought into another form.
+// Products of rows as they lie in memory with one query: for a few queries, whose rows are read once and not worth
+// being brought into another form.
 //
 //     float32 queries with float32, bfloat16 and int8 rows, and int8 queries with int8 rows (vpdpbusd)
 #pragma once
@@ -89,7 +89,8 @@ FASTDIFF_INLINE __m512i dot_rows_int8(const char* const* rows, const uint32_t* q
   }
   if (at < dim) {
     const __mmask64 here = (uint64_t{1} << (dim - at)) - 1u;
-    const __m512i q = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << ((dim - at + 3) / 4)) - 1u), query + at / 4);
+    const __mmask16 words = static_cast<__mmask16>((1u << ((dim - at + 3) / 4)) - 1u);
+    const __m512i q = _mm512_maskz_loadu_epi32(words, query + at / 4);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
       sums[i] = _mm512_dpbusd_epi32(sums[i], _mm512_maskz_loadu_epi8(here, rows[i] + at), q);

@@ -168,8 +168,12 @@ int64_t topk_rows_reaching(const RowsArgs& args, float floor) {
   for (int64_t first = 0; first < args.table.n_rows; first += kBlock) {
     const float low = floor - slack(args, args.table.bounds[first / kBlock]);
     const Vec threshold = set1(low > kLowest ? low : kLowest);
+    const float* scores = args.scores + first;
+    Vec highest = load(scores);
+    for (int64_t i = kLanes; i < kBlock; i += kLanes) highest = max(highest, load(scores + i));
+    if (__builtin_expect(bits(greater(threshold, highest)) == (1u << kLanes) - 1u, 1)) continue;
     for (int64_t i = 0; i < kBlock; i += kLanes) {
-      uint32_t hits = ~bits(greater(threshold, load(args.scores + first + i))) & ((1u << kLanes) - 1u);
+      uint32_t hits = ~bits(greater(threshold, load(scores + i))) & ((1u << kLanes) - 1u);
       for (; hits != 0; hits &= hits - 1) args.rows[n++] = static_cast<int32_t>(first + i + __builtin_ctz(hits));
     }
   }

@@ -19,6 +19,7 @@ row is dropped only where no row of its block's size could be among the k best.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -102,7 +103,7 @@ class ScanTable:
         rows, bounds = _pack(item_emb[whole:], self.dtype)
         bounds = torch.cat([self.bounds[: whole // BLOCK], bounds])
         if self.dtype == torch.float32:
-            return self._like((item_emb,), bounds, item_emb)
+            return self._like((item_emb,), bounds, item_emb)._copied_from(self, lambda copy: copy.append(item_emb))
         kept = whole // CHUNK
         if whole % CHUNK:
             rows = torch.cat([self.chunks[kept][: whole % CHUNK], rows])
@@ -113,7 +114,8 @@ class ScanTable:
     def replace(self, at: Tensor, item_emb: Tensor) -> ScanTable:
         """Of the item table [N, D], which differs from that of this one in the rows `at`."""
         if not at.numel():
-            return self._like((item_emb,) if self.dtype == torch.float32 else self.chunks, self.bounds, item_emb)
+            chunks = (item_emb,) if self.dtype == torch.float32 else self.chunks
+            return self._like(chunks, self.bounds, item_emb)._copied_from(self, lambda copy: copy)
         blocks = torch.unique(at // BLOCK)  # ascending, so that a block that is not full comes last
         rows = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=at.device)).flatten()
         rows = rows[rows < self.n_rows]
@@ -121,16 +123,23 @@ class ScanTable:
         bounds = self.bounds.clone()
         bounds[blocks] = changed
         if self.dtype == torch.float32:
-            return self._like((item_emb,), bounds, item_emb)
-        chunks = list(self.chunks)
+            return self._like((item_emb,), bounds, item_emb)._copied_from(self, lambda copy: copy.replace(at, item_emb))
+        changed_chunks = list(self.chunks)
         for chunk in torch.unique(rows // CHUNK).tolist():
             here = rows // CHUNK == chunk
-            chunks[chunk] = chunks[chunk].clone()
-            chunks[chunk][rows[here] % CHUNK] = packed[here]
-        return self._like(tuple(chunks), bounds, item_emb)
+            changed_chunks[chunk] = changed_chunks[chunk].clone()
+            changed_chunks[chunk][rows[here] % CHUNK] = packed[here]
+        return self._like(tuple(changed_chunks), bounds, item_emb)
 
     def _like(self, chunks: tuple[Tensor, ...], bounds: Tensor, item_emb: Tensor) -> ScanTable:
         return replace(self, chunks=chunks, bounds=bounds, n_rows=len(item_emb))
+
+    def _copied_from(self, older: ScanTable, change: Callable[[ScanTable], ScanTable]) -> ScanTable:
+        """This table; the int8 copy that an older one has made serves it too, changed in the same way."""
+        made: ScanTable | None = older.__dict__.get("_int8")
+        if made is not None:
+            self.__dict__["_int8"] = change(made)
+        return self
 
     def __getitem__(self, part: slice) -> ScanTable:
         """The table of the first rows: scan[:n]."""
@@ -141,7 +150,10 @@ class ScanTable:
             return self
         size = max(1, self.n_rows) if self.dtype == torch.float32 else CHUNK
         chunks = tuple(chunk[: n - i * size] for i, chunk in enumerate(self.chunks) if i == 0 or i * size < n)
-        return replace(self, chunks=chunks, bounds=self.bounds[: -(-n // BLOCK)], n_rows=n)
+        # a slice lives for one call: not worth a copy of its own
+        automatic = self.automatic and "_int8" in self.__dict__
+        cut = replace(self, chunks=chunks, bounds=self.bounds[: -(-n // BLOCK)], n_rows=n, automatic=automatic)
+        return cut._copied_from(self, lambda copy: copy[part])
 
     def for_cpu(self, item_emb: Tensor) -> ScanTable:
         """What the C++ engine scans: this table, or an int8 copy that is made once where the dtype was left open."""
@@ -152,6 +164,11 @@ class ScanTable:
             made = ScanTable.build(item_emb, torch.int8, certified=self.certified)
             self.__dict__["_int8"] = made
         return made
+
+    @property
+    def choice(self) -> torch.dtype | None:
+        """The dtype that `build` was given."""
+        return None if self.automatic else self.dtype
 
     @property
     def device(self) -> torch.device:

@@ -13,8 +13,9 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 from fastdiff.ops import score_topk as module
 from fastdiff.ops import topk_definition, topk_scan
+from fastdiff.ops.cpu import library
 from fastdiff.ops.score_topk import ScanTable, UserLists, merge_topk, score_topk
-from fastdiff.ops.topk_definition import exact_scores
+from fastdiff.ops.topk_definition import exact_scores, from_keys, topk_by_definition
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BACKENDS = [(backend, device) for device in DEVICES for backend in score_topk.available(device)]
@@ -499,6 +500,48 @@ def test_tables_grow_and_change_like_tables_built_at_once(
     front = scan[:500]
     assert front.n_rows == 500
     assert torch.equal(front.bounds, whole.bounds[:8])
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason="the C++ ops are not built")
+def test_the_copy_of_a_table_without_a_dtype_grows_and_changes_with_it() -> None:
+    table = torch.randn(700, 8)
+    scan = ScanTable.build(table[:500], None)
+    assert scan.choice is None
+    assert scan[:70].choice is torch.float32
+    scan.for_cpu(table[:500])
+    changed = table.clone()
+    changed[[3, 400, 650]] *= 2.0
+    grown = scan.append(table)
+    replaced = grown.replace(torch.tensor([3, 400, 650]), changed)
+    for of, made in ((table[:500], scan), (table, grown), (changed, replaced), (changed[:150], replaced[:150])):
+        assert made.choice is None
+        assert "_int8" in made.__dict__
+        copy, fresh = made.for_cpu(of), ScanTable.build(of, torch.int8)
+        assert torch.equal(torch.cat(copy.chunks)[: len(of)], torch.cat(fresh.chunks))
+        assert torch.equal(copy.bounds[: len(of) // 64], fresh.bounds[: len(of) // 64])
+    assert replaced.replace(torch.tensor([], dtype=torch.int64), changed).for_cpu(changed) is replaced.for_cpu(changed)
+
+
+@pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
+@pytest.mark.parametrize("dim", [1, 7, 32, 64, 100, 128])
+@pytest.mark.parametrize("n_rows", [257, 1000, 12101])
+def test_few_queries_of_a_small_table(scan_dtype: torch.dtype, dim: int, n_rows: int) -> None:
+    item_emb, query = torch.randn(n_rows, dim), torch.randn(3, dim)
+    item_emb[50:90] = item_emb[7]  # ties
+    allowed = torch.rand(n_rows) < 0.9
+    denied = UserLists.from_lists([[], range(100), item_emb[:200].mv(query[2]).topk(40).indices])
+    for backend in score_topk.available("cpu"):
+        op, scan = score_topk.bind(backend, "cpu"), scan_of(item_emb, scan_dtype)
+        for k in (1, 20, n_rows // 8):
+            for masks in ((None, None), (allowed, None), (None, denied), (allowed, denied)):
+                want = from_keys(topk_by_definition(query, item_emb, k, *masks))
+                rows, scores = op(query, item_emb, k, *masks, None, scan)
+                assert torch.equal(rows, want[0])
+                assert torch.equal(scores, want[1])
+                alone = op(query[:1], item_emb, k, masks[0], None, None, scan)
+                if masks[1] is None:
+                    assert torch.equal(alone[0], rows[:1])
+                    assert torch.equal(alone[1], scores[:1])
 
 
 def test_tables_packed_in_cpp_and_in_torch_agree() -> None:

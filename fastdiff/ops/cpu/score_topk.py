@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,11 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.ops.score_topk import check_topk
 from fastdiff.ops.topk_scan import STORED, ScanTable
 from fastdiff.ops.user_lists import UserLists
+
+
+@cache
+def _op() -> Any:
+    return torch.ops.fastdiff.score_topk.default
 
 
 def score_topk(
@@ -24,7 +32,7 @@ def score_topk(
     check_topk(query, item_emb, k, allowed, user_exclude, user_candidates, scan)
     scan = ScanTable.build(item_emb) if scan is None else scan.for_cpu(item_emb)
     try:
-        found: tuple[Tensor, Tensor] = torch.ops.fastdiff.score_topk.default(
+        found: tuple[Tensor, Tensor] = _op()(
             query,
             item_emb,
             k,
