@@ -114,7 +114,7 @@ bool fast_bfloat16() {
 // few: for kFewQueries or less of any table, or of one whose scores all fit into memory.
 enum class Few { no, queries, queries_of_small_table };
 
-Product product_for(const Table& table, int64_t n_queries, Few few) {
+Product product_for(const Table& table, Few few) {
   const Level now = level();
   const Stored stored = table.stored;
   if (few == Few::queries_of_small_table) {
@@ -124,7 +124,7 @@ Product product_for(const Table& table, int64_t n_queries, Few few) {
     }
     return stored == Stored::int8 && now >= Level::avx512_vnni ? Product::int8 : Product::float32;
   }
-  if (few == Few::queries && (stored == Stored::float32 || (stored == Stored::bfloat16 && n_queries == 1))) {
+  if (few == Few::queries && (stored == Stored::float32 || (stored == Stored::bfloat16 && now < Level::amx))) {
     return Product::float32;  // that needs no rounding
   }
   if (stored == Stored::int8) {
@@ -940,7 +940,7 @@ void search(const Search& search, Report* report) {
   const int64_t n_scanned = static_cast<int64_t>(in_range.size());
   const bool small = n_rows <= kSmallTable && n_rows * table.row_bytes <= kSmallBytes && !gather;
   const Few few_queries = n_scanned > kFewQueries ? Few::no : small ? Few::queries_of_small_table : Few::queries;
-  const Product product = product_for(table, n_scanned, few_queries);
+  const Product product = product_for(table, few_queries);
   const bool residual = search.scan.stored != Stored::int8 || table.stored == Stored::int8;
   const Way first{table, product, residual, gather ? &few : nullptr};
   std::vector<int64_t> left;
