@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -61,6 +62,19 @@ T* mutable_data(const Tensor& tensor) {
 // What torch.set_num_threads says.
 inline int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
+// The shim has told torch's log why; what a caller can do about it is to ask for less.
+[[noreturn]] inline void cannot_allocate(const std::vector<int64_t>& sizes, int32_t type) {
+  double bytes = static_cast<double>(aoti_torch_dtype_element_size(type));  // a double: the product may leave int64
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); i++) {
+    text += (i ? ", " : "") + std::to_string(sizes[i]);
+    bytes *= static_cast<double>(sizes[i]);
+  }
+  char amount[32];
+  std::snprintf(amount, sizeof amount, "%.0f", bytes);
+  fail("cannot allocate ", text, "], ", amount, " bytes of memory");
+}
+
 // A new contiguous tensor [sizes] on the CPU, where `like` is. The C shim is called as it is: stable::new_empty goes
 // through the dispatcher, 0.7 us more of the 10 us that a call for one user takes.
 inline Tensor empty_like_with(const Tensor& /* like */, const std::vector<int64_t>& sizes, ScalarType dtype) {
@@ -69,8 +83,9 @@ inline Tensor empty_like_with(const Tensor& /* like */, const std::vector<int64_
   for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(1, sizes[i])) strides[i] = step;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, type,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, type,
+                               aoti_torch_device_type_cpu(), 0, &made) != AOTI_TORCH_SUCCESS)
+    cannot_allocate(sizes, type);
   return Tensor(made);
 }
 

@@ -413,7 +413,6 @@ def _exclude(name: str, others: Mapping[str, object], why: str) -> None:
 _ELSEWHERE = {
     **dict.fromkeys(("device", "dtype", "backend"), "it belongs to from_pretrained and accelerate"),
     "batch_size": "it belongs to generate_batches",
-    **dict.fromkeys(("num_steps", "steps"), "did you mean 'num_inference_steps'?"),
     **dict.fromkeys(("k", "n"), "did you mean 'top_k'?"),
 }
 """What people write who look for something else."""
@@ -424,6 +423,8 @@ def refuse_unknown(unknown: dict[str, Any], accepted: Sequence[str]) -> None:
     parts = []
     for name in unknown:
         close = difflib.get_close_matches(name, accepted, n=1)
+        if "step" in name and "timestep" not in name:  # spelled more like timesteps, and not meant
+            close = ["num_inference_steps"]
         hint = _ELSEWHERE.get(name) or (f"did you mean {close[0]!r}?" if close else "")
         parts.append(repr(name) + (f" ({hint})" if hint else ""))
     raise TypeError(f"generate: unknown argument {', '.join(parts)}; accepted: {', '.join(accepted)}")

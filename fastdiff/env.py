@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def collect() -> dict[str, Any]:
     """The facts as one JSON-ready dict.
 
     versions   fastdiff, python, torch, triton, numpy; None where a package is not installed
+    package    the folder that fastdiff is imported from
     devices    [{"device", "name", ...}], the CPU first
     threads    of torch, which the C++ ops use too
     cpu_ops    {"built": bool, ...}: the C++ ops' instruction set in use ("level") and those of this machine ("levels",
@@ -36,6 +38,7 @@ def collect() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "triton", "numpy")},
         },
+        "package": str(Path(fastdiff.__file__).resolve().parent),
         "platform": platform.platform(),
         "devices": devices,
         "threads": torch.get_num_threads(),
@@ -53,6 +56,7 @@ def report(facts: dict[str, Any]) -> str:
     """The facts of `collect` as text for people."""
     lines = [
         "versions   " + "  ".join(f"{name} {value or 'not installed'}" for name, value in facts["versions"].items()),
+        f"package    {facts['package']}",
         f"platform   {facts['platform']}",
     ]
     for device in facts["devices"]:
@@ -63,18 +67,19 @@ def report(facts: dict[str, Any]) -> str:
     if cpu_ops["built"]:
         highest = cpu_ops["levels"][-1]
         limit = "the highest here" if cpu_ops["level"] == highest else f"the highest here is {highest}"
-        lines.append(
-            f"C++ ops    built; CPU level {cpu_ops['level']} ({limit}; FASTDIFF_CPU_CAPABILITY chooses a lower one)"
-        )
+        state = f"built; CPU level {cpu_ops['level']} ({limit}; FASTDIFF_CPU_CAPABILITY chooses a lower one)"
     else:
-        lines.append(f"C++ ops    not available: {cpu_ops['why_not']}")
+        state = f"not available: {cpu_ops['why_not']}"
+    lines.append(f"C++ ops (libfastdiff)    {state}")
     extension = facts["extension"]
     if extension["built"]:
-        built = ", ".join(f"{name} {value}" for name, value in extension["facts"].items())
-        usable = ", ".join(name for name, value in extension["cpu_capabilities"].items() if value) or "baseline only"
-        lines += [f"C++ part   built: {built}", f"CPU        {usable}"]
+        state = "built: " + ", ".join(f"{name} {value}" for name, value in extension["facts"].items())
     else:
-        lines.append(f"C++ part   not available: {extension['why_not']}")
+        state = f"not available: {extension['why_not']}"
+    lines.append(f"C++ input reader (_C)    {state}")
+    usable = list(dict.fromkeys(_instructions(facts)))
+    if usable:
+        lines.append(f"CPU        {', '.join(usable)}")
     lines.append("backends")
     for name, backend in facts["backends"].items():
         reasons = "; ".join(f"on {device}: {reason}" for device, reason in backend["why_not"].items())
@@ -93,6 +98,17 @@ def report(facts: dict[str, Any]) -> str:
         )
         lines += refused
     return "\n".join(lines)
+
+
+def _instructions(facts: dict[str, Any]) -> list[str]:
+    """The instruction sets of this machine that the C++ parts know; ["baseline only"] where that is all."""
+    known, named = False, []
+    if facts["extension"]["built"]:
+        known, named = True, [name for name, has in facts["extension"]["cpu_capabilities"].items() if has]
+    if facts["cpu_ops"]["built"]:  # a level is a set of its own, except avx512, of which _C names the parts
+        known = True
+        named += [level for level in facts["cpu_ops"]["levels"][1:] if level != "avx512" or "avx512f" not in named]
+    return named or (["baseline only"] if known else [])
 
 
 def _version(package: str) -> str | None:
@@ -139,7 +155,7 @@ def _extension() -> dict[str, Any]:
     if importlib.util.find_spec("fastdiff._C") is None:
         return {
             "built": False,
-            "why_not": "it was not built; install fastdiff where there is a C++ compiler, with `pip install .`",
+            "why_not": f"it was not built; build it: {library.BUILD}",
         }
     try:
         from fastdiff import _C

@@ -433,6 +433,21 @@ def test_a_full_disk_is_one_line(run: Run, command: list[Any], tmp_path: Path, m
     assert run.refused(*command, tmp_path / "out.jsonl") == "files: No space left on device"
 
 
+def test_ids_with_blanks_stand_in_quotes(run: Run, tmp_path: Path) -> None:
+    names = ["Reef, part 1", "Bob's", *(f"item-{i}" for i in range(48))]
+    small_engine("adrec", item_ids=names).save_pretrained(tmp_path / "model")
+    code, out, _ = run("generate", tmp_path / "model", "--history", "'Reef, part 1' item-3", "--top-k", 50)
+    assert (code, set(names) - set(rows_of(out)[0]["item_ids"])) == (0, {"Reef, part 1", "item-3"})
+    code, out, _ = run("generate", tmp_path / "model", "--history", "Bob's item-3", "--top-k", 50)
+    assert (code, set(names) - set(rows_of(out)[0]["item_ids"])) == (0, {"Bob's", "item-3"})
+    refused = run.refused("generate", tmp_path / "model", "--history", "Reef, part 1")
+    assert "item id 'Reef,' is not in the catalogue" in refused
+    assert refused.endswith("""one with blanks in it stands in quotes: --history '"an id" other')""")
+    (tmp_path / "users.txt").write_text("ann Reef, part 1\n")
+    refused = run.refused("generate", tmp_path / "model", "--sequences", tmp_path / "users.txt")
+    assert "a RecBole .inter file, separated by tabs, may hold ids with blanks" in refused
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -676,6 +691,7 @@ def test_env_as_json(run: Run) -> None:
 def test_env_for_people(run: Run) -> None:
     code, out, _ = run("env")
     assert code == 0
+    assert f"package    {Path(fastdiff.__file__).parent}\n" in out
     assert f"fastdiff {fastdiff.__version__}" in out
     assert re.search(r"^  torch    yes$", out, re.MULTILINE)
     if not torch.cuda.is_available():
@@ -695,7 +711,7 @@ def test_env_with_and_without_the_cpp_ops(run: Run, monkeypatch: pytest.MonkeyPa
         with library.at_level(highest):
             assert f"built; CPU level {highest} (the highest here; " in run("env")[1]
     monkeypatch.setattr(library, "why_not", lambda: "they were not built")
-    assert "C++ ops    not available: they were not built\n" in run("env")[1]
+    assert "C++ ops (libfastdiff)    not available: they were not built\n" in run("env")[1]
 
 
 def test_an_unknown_cpu_level_is_an_error(tmp_path: Path) -> None:
@@ -709,11 +725,26 @@ def test_an_unknown_cpu_level_is_an_error(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_only_the_cpu_backend_minds_a_wrong_cpu_level(model: Path, tmp_path: Path) -> None:
+    if library.why_not() is not None:
+        pytest.skip("the C++ ops are not built")
+    highest = library.available_levels()[-1]
+    for level, backend, code in (
+        ("avx3", "torch", 0),
+        ("avx3", "cpu", 2),
+        ("avx3", "auto", 2),
+        (f" {highest.upper()} ", "cpu", 0),
+    ):
+        environment = {**os.environ, "FASTDIFF_CPU_CAPABILITY": level, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "fastdiff", "generate", str(model), "--history", "3", "--backend", backend]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert result.returncode == code, result.stderr
+
+
 def test_env_with_and_without_the_cpp_part(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[[str], Any] = lambda name: None  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", find)
-    missing = "it was not built; install fastdiff where there is a C++ compiler, with `pip install .`"
-    assert f"C++ part   not available: {missing}\n" in run("env")[1]
+    assert f"C++ input reader (_C)    not available: it was not built; build it: {library.BUILD}\n" in run("env")[1]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "fastdiff._C", None)
     monkeypatch.delattr(fastdiff, "_C", raising=False)
@@ -731,7 +762,9 @@ def test_env_with_and_without_the_cpp_part(run: Run, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fastdiff, "_C", Built, raising=False)
     monkeypatch.setitem(sys.modules, "fastdiff._C", Built)
     out = run("env")[1]
-    assert "C++ part   built: compiler g++ 12\n" in out
-    assert "CPU        avx2\n" in out
+    assert "C++ input reader (_C)    built: compiler g++ 12\n" in out
+    assert re.search(r"^CPU        avx2(, |$)", out, re.MULTILINE)
+    if library.why_not() is None:
+        assert all(level in out.split("CPU        ")[1].splitlines()[0] for level in library.available_levels()[2:])
     facts = json.loads(run("env", "--json")[1])["extension"]
     assert facts["cpu_capabilities"] == {"avx2": True, "avx512": False}

@@ -776,6 +776,10 @@ def test_unknown_arguments_are_named() -> None:
         engine.generate([[3]], dtype=torch.float64)
     with pytest.raises(TypeError, match=r"'num_steps' \(did you mean 'num_inference_steps'\?\)"):
         engine.generate([[3]], num_steps=5)
+    with pytest.raises(TypeError, match=r"'n_steps' \(did you mean 'num_inference_steps'\?\)"):
+        engine.generate([[3]], n_steps=5)
+    with pytest.raises(TypeError, match=r"'timestep' \(did you mean 'timesteps'\?\)"):
+        engine.generate([[3]], timestep=[5])
 
 
 def test_lists_may_be_padded_too(engine: Any) -> None:
@@ -817,3 +821,11 @@ def test_plan_of_a_custom_schedule_runs() -> None:
     plan = ddpm(engine.model.schedule, [11, 6, 0])
     output = engine.generate(HISTORIES, seed=1, scheduler=plan)
     assert output.num_valid.tolist() == [10] * 5
+
+
+def test_out_of_memory_in_an_op_says_how_much_was_asked_for() -> None:
+    engine = small_engine("tarec")
+    if engine.backends["score_topk"] != "cpu":
+        pytest.skip("the C++ ops are not built")
+    with pytest.raises(RuntimeError, match=rf"^cannot allocate \[1, {2**55}\], {2**58} bytes of memory"):
+        engine.generate([[3]], top_k=2**55)

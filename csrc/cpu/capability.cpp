@@ -56,6 +56,15 @@ Level ask() { return Level::baseline; }
 
 #endif
 
+// As a person may write it: " AVX2" is avx2.
+std::string tidy(const std::string& text) {
+  std::string name;
+  for (const char c : text) name += c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  const char* const blanks = " \t\r\n";
+  const size_t first = name.find_first_not_of(blanks);
+  return first == std::string::npos ? "" : name.substr(first, name.find_last_not_of(blanks) - first + 1);
+}
+
 Level parse(const std::string& name) {
   for (int i = 0; i < kLevels; i++) {
     if (name != kNames[i]) continue;
@@ -82,12 +91,14 @@ Level level() {
   const int now = chosen.load(std::memory_order_relaxed);
   if (now >= 0) return static_cast<Level>(now);
   const char* wanted = std::getenv("FASTDIFF_CPU_CAPABILITY");
-  const Level level = wanted && *wanted ? parse(wanted) : highest_level();
+  const std::string name = wanted ? tidy(wanted) : "";
+  const Level level = name.empty() ? highest_level() : parse(name);
   chosen.store(static_cast<int>(level), std::memory_order_relaxed);
   return level;
 }
 
-void set_level(const std::string& name) {
+void set_level(const std::string& text) {
+  const std::string name = tidy(text);
   const Level level = name.empty() ? highest_level() : parse(name);
   chosen.store(static_cast<int>(level), std::memory_order_relaxed);
 }

@@ -9,7 +9,7 @@ from typing import Any
 from fastdiff.cli.options import new_parser
 
 _DESCRIPTION = """\
-Versions, devices, what the C++ part was built for, and for each backend: yes, or why not. Put it into bug reports.
+Versions, devices, how the C++ parts were built, and for each backend: yes, or why not. Put it into bug reports.
 
   fastdiff env
   fastdiff env --json

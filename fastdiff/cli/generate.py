@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -23,7 +24,7 @@ from fastdiff.cli.options import (
     sampling_arguments,
 )
 from fastdiff.cli.output import PartFile, check_same, check_startable, digest, part_of, read_record
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import DataError, InvalidArgument
 
 if TYPE_CHECKING:
     from fastdiff.data import IdType, ItemId, UserSequence
@@ -52,7 +53,8 @@ def add_parser(commands: Any) -> None:
         "--history",
         action="append",
         metavar='"ID ID ..."',
-        help='one history, oldest item first ("" for a new user); may be repeated: the users are then "1", "2", ...',
+        help='one history, oldest item first ("" for a new user); may be repeated: the users are then "1", "2", ...; '
+        "an id with blanks stands in quotes",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="items per user (default: the model's own setting)")
     parser.add_argument("--seed", type=int, help="of the noise (default: drawn, and said on stderr)")
@@ -101,7 +103,10 @@ def run(args: argparse.Namespace) -> int:
     batch_size = default_batch_size(engine) if args.batch_size is None else args.batch_size
     if batch_size < 1:
         raise InvalidArgument(f"--batch-size: must be at least 1 (got {batch_size})")
-    n_users = _check_all(sequences, engine)
+    try:
+        n_users = _check_all(sequences, engine)
+    except DataError as error:
+        raise DataError(f"{error}{_about_blanks(args, id_type)}") from None
     if engine.config.coupled:
         _say(
             f"the users of a batch attend to one another in this model: the order and --batch-size {batch_size} matter"
@@ -220,7 +225,7 @@ def _lines(batch: list[UserSequence], output: GenerateOutput) -> list[str]:
 
 
 def _sequences(args: argparse.Namespace, id_type: IdType) -> Iterable[UserSequence]:
-    from fastdiff.data import SequenceFile, UserSequence, parse_items
+    from fastdiff.data import SequenceFile, UserSequence
 
     if args.sequences is not None:
         file = SequenceFile(args.sequences, id_type)
@@ -230,7 +235,19 @@ def _sequences(args: argparse.Namespace, id_type: IdType) -> Iterable[UserSequen
     # commas part integers too, as in --exclude-items
     texts = [text.replace(",", " ") for text in args.history] if id_type is int else args.history
     named = ((f"--history {position}", text) for position, text in enumerate(texts, start=1))
-    return [UserSequence(where.split()[1], parse_items(text, id_type, where), where) for where, text in named]
+    return [UserSequence(where.split()[1], _history(text, id_type, where), where) for where, text in named]
+
+
+def _history(text: str, id_type: IdType, where: str) -> list[ItemId]:
+    """Ids separated by blanks; a text id that holds blanks stands in quotes, as in a shell."""
+    from fastdiff.data import parse_items
+
+    if id_type is str and re.search(r"(^|\s)[\"']", text):
+        try:
+            return list(shlex.split(text))
+        except ValueError:
+            pass  # without its other half, a quote is a part of its id
+    return parse_items(text, id_type, where)
 
 
 def _generate_arguments(args: argparse.Namespace, id_type: IdType) -> dict[str, Any]:
@@ -263,6 +280,17 @@ def _check_all(sequences: Iterable[UserSequence], engine: Engine) -> int:
         check_known(batch, [sequence.items for sequence in batch], engine.catalog, engine.config)
         count += len(batch)
     return count
+
+
+def _about_blanks(args: argparse.Namespace, id_type: IdType) -> str:
+    """What to know of ids with blanks in them, where an unknown id may be a piece of one."""
+    if id_type is int or (args.sequences is not None and args.sequences.endswith(".inter")):
+        return ""
+    if args.sequences is not None:
+        return " (ids are separated by white space; a RecBole .inter file, separated by tabs, may hold ids with blanks)"
+    if not any(len(text.split()) > 1 for text in args.history):
+        return ""
+    return """ (ids are separated by white space; one with blanks in it stands in quotes: --history '"an id" other')"""
 
 
 def _record(job: _Job, args: argparse.Namespace) -> dict[str, Any]:

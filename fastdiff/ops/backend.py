@@ -2,7 +2,8 @@
 
 This file is the only place where a backend's name is compared. A backend that is named either runs or raises with the
 reason; "auto" takes the first of `PREFERENCE` that can run on the device. Nothing falls back in silence: `Op.bind`
-returns the name of the backend that runs beside the function, and `engine.backends` shows it.
+returns the name of the backend that runs beside the function, `engine.backends` shows it, and where "auto" takes plain
+PyTorch on the CPU because the C++ ops cannot be used, a UserWarning says so, once per process.
 
     torch   plain PyTorch, the reference of every op; runs everywhere
     cpu     vectorised C++ (csrc/cpu)
@@ -14,8 +15,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +42,7 @@ def why_not(backend: str, device: torch.device | str, dtype: torch.dtype = torch
             return f"it needs the tensors on the CPU, got {device.type}"
         if dtype != torch.float32:
             return f"it computes in float32, got {str(dtype).removeprefix('torch.')}"
+        library.check_level()
         return library.why_not()
     if backend in ("triton", "cuda"):
         if device.type != "cuda":
@@ -45,6 +51,20 @@ def why_not(backend: str, device: torch.device | str, dtype: torch.dtype = torch
             return "the package 'triton' is not installed"
         return None
     raise InvalidArgument(f"backend: unknown name {backend!r}; known backends: auto, {', '.join(BACKENDS)}")
+
+
+@cache
+def _warn_of_plain_torch(reason: str | None) -> None:
+    """Once per process: "auto" takes plain PyTorch on the CPU only because the C++ ops cannot be used."""
+    ours, depth, frame = Path(__file__).parents[1], 1, inspect.currentframe()
+    while frame is not None and Path(frame.f_code.co_filename).is_relative_to(ours):  # to the line of the caller's
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(
+        f"fastdiff runs in plain PyTorch on this CPU, many times slower than its C++ ops: {reason}. "
+        "backend='torch' asks for plain PyTorch and does not warn",
+        UserWarning,
+        stacklevel=depth if frame is not None else 2,
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,8 @@ class Op:
         if backend == "auto":
             order = PREFERENCE.get(device.type, ("torch",))
             backend = next(name for name in order if self.why_not(name, device, dtype) is None)
+            if backend == "torch" and device.type == "cpu" and dtype == torch.float32 and "cpu" in self.implementations:
+                _warn_of_plain_torch(library.why_not())
         reason = self.why_not(backend, device, dtype)
         if reason is not None:
             raise BackendUnavailable(

@@ -7,6 +7,7 @@ when an op is first bound to it, never by importing fastdiff.
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,31 +22,60 @@ LIBRARY = Path(__file__).resolve().parents[2] / "libfastdiff.so"
 LEVELS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 """Instruction sets, each with all before it: what the kernels are compiled for."""
 
-_BUILD = "pip install --no-build-isolation . (a C++17 compiler, torch and ninja are needed), or make"
+BUILD = "pip install --no-build-isolation . (a C++17 compiler, torch and ninja are needed; in a checkout: make build)"
+"""How the C++ parts are built, as messages say it."""
 
 
 @cache
 def why_not() -> str | None:
-    """Why the library cannot be used, None where it can; loads it. Raises InvalidArgument where FASTDIFF_CPU_CAPABILITY
-    names no level of this machine."""
+    """Why the library cannot be used, None where it can; loads it."""
     if not LIBRARY.exists():
-        return f"the C++ ops were not built with this installation; build them: {_BUILD}"
+        return f"{LIBRARY} is not there: the C++ ops were not built with this fastdiff{_hidden()}; build them: {BUILD}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"the C++ ops do not load into this torch ({error}); build them again: {_BUILD}"
+        return f"{LIBRARY} does not load into this torch ({error}); build it again: {BUILD}"
     from fastdiff.ops.cpu import fakes  # noqa: F401  what the ops look like to torch.export and torch.compile
 
-    wrong = _symbols().fastdiff_set_cpu_capability(os.environ.get("FASTDIFF_CPU_CAPABILITY", "").encode())
-    if wrong is not None:
-        raise InvalidArgument(bytes(wrong).decode())
+    _wrong_level()
     return None
+
+
+@cache
+def _wrong_level() -> str | None:
+    """What is wrong with FASTDIFF_CPU_CAPABILITY; where nothing is, its level is set. Only of a loaded library."""
+    wrong = _symbols().fastdiff_set_cpu_capability(os.environ.get("FASTDIFF_CPU_CAPABILITY", "").encode())
+    if wrong is None:
+        return None
+    reason = bytes(wrong).decode()
+    _symbols().fastdiff_set_cpu_capability(b"")  # for the packing of tables, which serves every backend
+    return reason
+
+
+def check_level() -> None:
+    """Raise InvalidArgument where the library is there and FASTDIFF_CPU_CAPABILITY names no level of this machine."""
+    if why_not() is None and (wrong := _wrong_level()) is not None:
+        raise InvalidArgument(wrong)
+
+
+def _hidden() -> str:
+    """Where another fastdiff is installed that this one hides: Python looks in the current folder first."""
+    package = LIBRARY.parent
+    for distribution in importlib.metadata.distributions(name="fastdiff"):
+        other = Path(str(distribution.locate_file("fastdiff"))).resolve()
+        if other != package and other.is_dir():
+            return (
+                f", and it hides the fastdiff that is installed in {other.parent}, as a source checkout in the "
+                "current folder does (start Python in another folder to use that one)"
+            )
+    return ""
 
 
 def _library() -> ctypes.CDLL:
     reason = why_not()
     if reason is not None:
         raise InvalidArgument(f"CPU level: {reason}")
+    check_level()
     return _symbols()
 
 
