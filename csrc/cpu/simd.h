@@ -62,7 +62,12 @@ FASTDIFF_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_
 FASTDIFF_INLINE Mask greater(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
 FASTDIFF_INLINE Mask equal(IVec a, IVec b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 FASTDIFF_INLINE Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
-FASTDIFF_INLINE uint32_t bits(Mask m) { return m.m; }
+// In a register: GCC 12 may store the 16 bits of a mask and read 32 back.
+FASTDIFF_INLINE uint32_t bits(Mask m) {
+  uint32_t word = m.m;
+  asm("" : "+r"(word));
+  return word;
+}
 
 FASTDIFF_INLINE IVec iset1(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
 FASTDIFF_INLINE IVec iload(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
