@@ -22,11 +22,13 @@ else
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.fastdiff-ready-$(ASKED)
 endif
-# The C++ parts of the checkout; built again when their sources change.
+# The C++ parts of the checkout; built again when their sources change. setup.py writes the stamp, and only where both
+# were built: after a failure, or where the library is gone, every command tries again.
 READY := build/ready-$(ASKED)
+GONE := $(if $(wildcard fastdiff/libfastdiff.so),,again)
 CPP := $(sort $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cpu/*.cpp csrc/cpu/*.h csrc/python/*.cpp csrc/python/*.h))
 
-.PHONY: help demo test check bench lint clean check-environment
+.PHONY: help demo test check bench lint build clean check-environment again
 
 help:
 	@echo "make demo    recommendations from the model that ships with fastdiff, and how good they are (seconds)"
@@ -34,6 +36,7 @@ help:
 	@echo "make check   what takes longer: every CPU level, sanitizers, other compilers, many threads (10 minutes)"
 	@echo "make bench   time fastdiff against the published algorithms"
 	@echo "make lint    ruff, ruff format --check, mypy --strict"
+	@echo "make build   only the C++ parts, such as after a compiler was installed; the environment stays"
 	@echo "make clean   remove .venv, builds and caches"
 	@echo ""
 	@echo "PYTHON=$(PYTHON)  Python 3.10 or later, to make the environment with"
@@ -42,7 +45,7 @@ help:
 	@echo "TRITON='$(TRITON)'  empty: none"
 
 demo: $(READY)
-	@$(PY) -m fastdiff.demo
+	@$(PY) -W 'ignore:fastdiff runs in plain PyTorch' -m fastdiff.demo # setup.py has said so, just above
 
 test: $(READY)
 	@$(PY) -m pytest $(ARGS)
@@ -70,11 +73,14 @@ check-environment:
 	  echo "make: VENV=none uses $(PYTHON) as it is, and the packages above are not in it; leave VENV out to have them installed in .venv" >&2; \
 	  exit 1; }
 
+build: $(INSTALLED)
+	@$(PY) setup.py -q build_ops --and-module --stamp=$(READY)
+
 # A tool that is missing is no error, and setup.py says what is lost; sources that do not compile are one.
-$(READY): $(CPP) setup.py $(if $(filter none,$(VENV)),|) $(INSTALLED)
-	@if $(PY) -c 'import setuptools' 2>/dev/null; then $(PY) setup.py -q build_ops --if-possible --and-module; \
-	  else echo "make: the C++ parts are left as they are: $(PYTHON) has no setuptools to build them with" >&2; fi
-	@mkdir -p build && touch $@
+$(READY): $(CPP) setup.py $(GONE) $(if $(filter none,$(VENV)),|) $(INSTALLED)
+	@if $(PY) -c 'import setuptools' 2>/dev/null; then \
+	  $(PY) setup.py -q build_ops --if-possible --and-module --stamp=$@; \
+	else echo "make: the C++ parts are left as they are: $(PYTHON) has no setuptools to build them with$(if $(GONE),; fastdiff runs in plain PyTorch)" >&2; fi
 
 ifneq ($(VENV),none)
 # An environment of the caller's own (VENV=path) keeps the PyTorch that it has and is never emptied.

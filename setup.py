@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 
 from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # a build backend does not put the project's folder there
@@ -30,22 +29,35 @@ import compilation  # noqa: E402
 from compilation import BuildFailed, CannotBuild  # noqa: E402
 
 LIBRARY = "libfastdiff.so"
+OPS, READER = "fastdiff.libfastdiff", "fastdiff._C"
 LOST = {
-    "fastdiff.libfastdiff": (
-        "the C++ ops (fastdiff/libfastdiff.so) were not built: {reason}. fastdiff works without them, in plain "
-        "PyTorch; lost is the 'cpu' backend, which is many times faster on CPUs. To have it, install a C++17 compiler "
-        "(Debian, Ubuntu: apt install g++), then torch, setuptools, wheel, pybind11 and ninja, and then: "
-        "pip install --no-build-isolation . (in a checkout: make clean, and make again)"
+    OPS: (
+        "the C++ ops (fastdiff/libfastdiff.so)",
+        "the 'cpu' backend, which is many times faster on CPUs than plain PyTorch",
     ),
-    "fastdiff._C": (
-        "the C++ module fastdiff._C was not built: {reason}. fastdiff works without it; lost are the fast reading of "
-        "histories and the 'C++ part' and 'CPU' lines of `fastdiff env`. To have it, install a C++17 compiler and the "
-        "Python headers (Debian, Ubuntu: apt install g++ python3-dev) and install fastdiff again"
-    ),
+    READER: ("the C++ input reader (fastdiff._C)", "the fast reading of histories"),
 }
 
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 STABLE_ABI_SINCE = (2, 11)
+UNAVAILABLE: dict[str, str] = {}
+"""What cannot even be tried, and why: of LOST."""
+
+
+def what_is_lost(failed: dict[str, str]) -> str:
+    """One message for what was not built: extension -> why."""
+    reasons = dict.fromkeys(failed.values())
+    parts = "; ".join(
+        f"{' and '.join(LOST[name][0] for name in failed if failed[name] == reason)} were not built: {reason}"
+        for reason in reasons
+    )
+    return (
+        f"{parts}. fastdiff works without; lost: {', and '.join(LOST[name][1] for name in failed)}. To build what is "
+        "missing, install a C++17 compiler and the Python headers (Debian, Ubuntu: apt install g++ python3-dev); in a "
+        "checkout, then: make build; elsewhere install torch, setuptools, wheel, pybind11 and ninja, and then: "
+        "pip install --no-build-isolation --force-reinstall --no-deps ."
+    )
+
 
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
@@ -86,52 +98,76 @@ class BuildOps(Command):  # type: ignore[misc]
     user_options: ClassVar[list[tuple[str, str | None, str]]] = [
         ("if-possible", None, "where a tool is missing, say what is lost and go on"),
         ("and-module", None, "fastdiff._C as well"),
+        ("stamp=", None, "a file to write where everything asked for was built, and to remove where not"),
     ]
     boolean_options: ClassVar[list[str]] = ["if-possible", "and-module"]
 
     def initialize_options(self) -> None:
         self.if_possible = self.and_module = False
+        self.stamp: str | None = None
 
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
+        stamp = None if self.stamp is None else Path(self.stamp)
+        if stamp is not None:
+            stamp.unlink(missing_ok=True)
+        failed: dict[str, str] = {}
         try:
             build_ops(ROOT / "fastdiff" / LIBRARY)
+        except BuildFailed as error:
+            raise SystemExit(f"fastdiff: {error}") from None
         except CannotBuild as error:
-            if not self.if_possible or isinstance(error, BuildFailed):
-                raise SystemExit(f"fastdiff: {error}") from None
-            print(f"fastdiff: {LOST['fastdiff.libfastdiff'].format(reason=error)}", file=sys.stderr)
+            failed[OPS] = str(error)
         if self.and_module:
-            self._build_module()
+            failed |= self._build_module()
+        if failed:
+            if not self.if_possible:
+                raise SystemExit(f"fastdiff: {what_is_lost(failed)}")
+            print(f"fastdiff: {what_is_lost(failed)}", file=sys.stderr)
+        elif stamp is not None:
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.touch()
 
-    def _build_module(self) -> None:
-        modules = [extension for extension in self.distribution.ext_modules if extension.name == "fastdiff._C"]
+    def _build_module(self) -> dict[str, str]:
+        modules = [extension for extension in self.distribution.ext_modules if extension.name == READER]
         built = ROOT / "fastdiff" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         sources = [ROOT / name for extension in modules for name in (*extension.sources, *extension.depends)]
-        if not built.exists() or any(source.stat().st_mtime > built.stat().st_mtime for source in sources):
-            self.distribution.ext_modules = modules
-            self.reinitialize_command("build_ext", inplace=True)
-            self.run_command("build_ext")
+        if modules and built.exists() and all(path.stat().st_mtime <= built.stat().st_mtime for path in sources):
+            return {}
+        self.distribution.ext_modules = modules
+        command = self.reinitialize_command("build_ext", inplace=True)
+        command.reports = False
+        self.run_command("build_ext")
+        return dict(command.failed)
 
 
 # --- both parts, as setuptools knows them -----------------------------------------------------------------------------
 
 
 class OptionalBuild(build_ext):  # type: ignore[misc]
-    """Says what is lost where setuptools would only warn that building failed."""
+    """Goes on where an extension cannot be built, and says once what is lost."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.failed = dict(UNAVAILABLE)
+        self.reports = True
+
+    def run(self) -> None:
+        super().run()
+        if self.failed and self.reports:
+            print(f"fastdiff: {what_is_lost(self.failed)}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            if ext.name == "fastdiff.libfastdiff":
+            if ext.name == OPS:
                 output = Path(self.get_ext_fullpath(ext.name))
                 output.parent.mkdir(parents=True, exist_ok=True)
                 build_ops(output)
             else:
                 super().build_extension(ext)
         except Exception as error:  # every compiler class of setuptools has errors of its own
-            reason = LOST[ext.name].format(reason=" ".join(str(error).split()))
-            print(f"fastdiff: {reason}", file=sys.stderr)
-            raise CompileError(str(error)) from error  # what setuptools lets pass for an optional extension
+            self.failed[ext.name] = _in_one_line(error)
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("libfastdiff"):  # no Python in it, so none in its name
@@ -139,17 +175,26 @@ class OptionalBuild(build_ext):  # type: ignore[misc]
         return str(super().get_ext_filename(fullname))
 
 
+def _in_one_line(error: Exception) -> str:
+    if not isinstance(error, CannotBuild):  # setuptools says only which command failed
+        try:
+            compilation.find_compiler()
+        except CannotBuild as better:
+            error = better
+    return " ".join(str(error).split())
+
+
 def extensions() -> tuple[list[Extension], dict[str, Any]]:
-    ops = Extension("fastdiff.libfastdiff", [], optional=True)
+    ops = Extension(OPS, [], optional=True)
     commands: dict[str, Any] = {"build_ext": OptionalBuild, "build_ops": BuildOps}
     try:
         from pybind11.setup_helpers import Pybind11Extension
     except ImportError:
-        print(f"fastdiff: {LOST['fastdiff._C'].format(reason='pybind11 is not installed')}", file=sys.stderr)
+        UNAVAILABLE[READER] = "pybind11 is not installed"
         return [ops], commands
     sources = ["csrc/module.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/python").glob("*.cpp"))]
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/python").glob("*.h"))
-    return [ops, Pybind11Extension("fastdiff._C", sources, depends=headers, cxx_std=17, optional=True)], commands
+    return [ops, Pybind11Extension(READER, sources, depends=headers, cxx_std=17, optional=True)], commands
 
 
 ext_modules, cmdclass = extensions()

@@ -171,13 +171,45 @@ def test_without_a_compiler_the_build_goes_on_and_says_what_is_lost(compiler: st
     source = copy_of_the_checkout(tmp_path)
     result = build(["setup.py", "-q", "build_ext", "--inplace"], source, CC=compiler, CXX=compiler)
     assert result.returncode == 0, result.stderr
-    assert "the C++ ops (fastdiff/libfastdiff.so) were not built: " in result.stderr
-    assert "lost is the 'cpu' backend, which is many times faster on CPUs. To have it, " in result.stderr
-    assert "fastdiff._C was not built" in result.stderr
-    assert "fastdiff works without it; lost are" in result.stderr
+    said = "the C++ ops (fastdiff/libfastdiff.so) and the C++ input reader (fastdiff._C) were not built: "
+    assert said in result.stderr
+    assert "fastdiff works without; lost: the 'cpu' backend, which is many times faster on CPUs" in result.stderr
+    assert "make build" in result.stderr
+    assert (result.stderr.count("were not built"), result.stderr.count("failed")) == (1, 0)
     assert not list(source.rglob("*.so"))
-    developer = build(["setup.py", "-q", "build_ops", "--if-possible"], source, CXX=compiler)
+    stamp = source / "build" / "ready"
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.touch()
+    command = ["setup.py", "-q", "build_ops", "--if-possible", "--and-module", f"--stamp={stamp}"]
+    developer = build(command, source, CC=compiler, CXX=compiler)
     assert (developer.returncode, developer.stderr.count("were not built: ")) == (0, 1)
+    assert not stamp.exists(), "what was not built is tried again"
+    asked = build(["setup.py", "-q", "build_ops"], source, CXX=compiler)
+    assert (asked.returncode, asked.stderr.count("were not built: ")) == (1, 1)
+
+
+def test_a_checkout_that_hides_an_installation_says_so_and_warns_once(tmp_path: Path) -> None:
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    for folder in (checkout, site):
+        shutil.copytree(ROOT / "fastdiff", folder / "fastdiff", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (site / "fastdiff-0.1.0.dist-info").mkdir()
+    (site / "fastdiff-0.1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: fastdiff\nVersion: 0.1.0\n"
+    )
+    code = """
+import fastdiff
+from fastdiff.demo.__main__ import MODEL
+for backend in ("torch", "auto", "auto"):
+    print(backend, set(fastdiff.from_pretrained(MODEL, backend=backend).backends.values()))
+"""
+    result = python(code, checkout, site)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("UserWarning: fastdiff runs in plain PyTorch on this CPU") == 1
+    assert f"{checkout / 'fastdiff' / 'libfastdiff.so'} is not there" in result.stderr
+    assert f"it hides the fastdiff that is installed in {site}" in result.stderr
+    assert "<string>:5: UserWarning" in result.stderr, "it points at the caller's line"
+    quiet = python("import fastdiff; from fastdiff.ops import ALL; [op.bind('torch', 'cpu') for op in ALL]", checkout)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
 def test_torch_may_lie_in_a_folder_with_a_space(tmp_path: Path) -> None:
