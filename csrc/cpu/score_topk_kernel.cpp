@@ -13,17 +13,6 @@ constexpr int kTogether = 4;   // blocks that few queries take at a time
 constexpr int64_t kFew = 3;    // up to so many queries take rows one by one where they lie
 constexpr int64_t kAhead = 2;  // blocks from the one at work to the one that is fetched into the second-level cache
 
-#if defined(__AVX512F__)
-// A mask as a word. GCC 12 may put the word aside by storing the mask's 16 bits and read 32 of them back (seen under
-// ThreadSanitizer at -O1: kmovw %k3, 0x240(%rsp); cmpl $0, 0x240(%rsp)), which makes lanes 16 to 31 of what lay there
-// before. So the word is made in a register.
-FASTDIFF_INLINE uint32_t word_of(__mmask16 mask) {
-  uint32_t word = mask;
-  asm("" : "+r"(word));
-  return word;
-}
-#endif
-
 // One block of 64 rows on its way through the scan.
 struct Block {
   const char* rows[kBlock];  // beyond the last row: a row of zeros
@@ -305,7 +294,7 @@ class Scan {
       for (int64_t q = 0; q < queries_.n; q++) {
         const __m512 scores = dot_rows<Number>(block_->rows + group, queries_.floats + q * dim_, dim_);
         const __m512 threshold = _mm512_set1_ps(thresholds()[q]);
-        uint32_t hits = word_of(_mm512_cmp_ps_mask(scores, threshold, _CMP_GE_OQ));
+        uint32_t hits = bits(Mask{_mm512_cmp_ps_mask(scores, threshold, _CMP_GE_OQ)});
         if (__builtin_expect(hits == 0, 1)) continue;
         alignas(64) float score[16];
         _mm512_store_ps(score, scores);
@@ -380,7 +369,7 @@ class Scan {
       for (int v = 1; v < kVectors; v++) highest = _mm512_max_epi32(highest, sums[i][v]);
       if (__builtin_expect(_mm512_cmpge_epi32_mask(highest, threshold) == 0, 1)) continue;
       for (int v = 0; v < kVectors; v++) {
-        uint32_t hits = word_of(_mm512_cmpge_epi32_mask(sums[i][v], threshold));
+        uint32_t hits = bits(Mask{_mm512_cmpge_epi32_mask(sums[i][v], threshold)});
         if (hits == 0) continue;
         alignas(64) int32_t sum[16];
         _mm512_store_si512(sum, sums[i][v]);
@@ -469,8 +458,8 @@ class Scan {
 
   template <bool int8>
   static FASTDIFF_INLINE uint32_t reach(__m512i sums, __m512i threshold) {
-    return word_of(int8 ? _mm512_cmpge_epi32_mask(sums, threshold)
-                        : _mm512_cmp_ps_mask(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(threshold), _CMP_GE_OQ));
+    return bits(Mask{int8 ? _mm512_cmpge_epi32_mask(sums, threshold)
+                          : _mm512_cmp_ps_mask(_mm512_castsi512_ps(sums), _mm512_castsi512_ps(threshold), _CMP_GE_OQ)});
   }
 
   template <bool int8>

@@ -93,6 +93,42 @@ class Aligned {
   int64_t n_;
 };
 
+// --- what is left of a query's rows, scored by the definition
+// ----------------------------------------------------------------
+
+// Of one task: its memory is used for one query after the other.
+class Rescoring {
+ public:
+  explicit Rescoring(const Search& search) : search_(search), scratch_(16 * search.scan.dim) {}
+
+  // The k best of the rows named (each once) become the answer of the query.
+  void write_of(int64_t query, const std::vector<int32_t>& rows) {
+    scores_.resize(rows.size());
+    ExactArgs args;
+    args.query = search_.queries + query * search_.scan.dim;
+    args.items = search_.items.chunks[0];
+    args.row_bytes = search_.items.row_bytes;
+    args.dim = search_.scan.dim;
+    args.rows = rows.data();
+    args.first = 0;
+    args.n = static_cast<int64_t>(rows.size());
+    args.scores = scores_.data();
+    args.scratch = scratch_.get();
+    exact_(args);
+    keys_.resize(rows.size());
+    for (size_t i = 0; i < rows.size(); i++) keys_[i] = to_key(scores_[i], static_cast<uint32_t>(rows[i]));
+    best_first(keys_, search_.k);
+    write(keys_, search_.k, search_.rows + query * search_.k, search_.scores + query * search_.k);
+  }
+
+ private:
+  const Search& search_;
+  Aligned<float> scratch_;
+  std::vector<float> scores_;
+  std::vector<uint64_t> keys_;
+  void (*const exact_)(const ExactArgs&) = FASTDIFF_PICK(topk_exact);
+};
+
 float up(double value) { return static_cast<float>(value * (1.0 + 0x1p-20) + 0x1p-120); }
 
 // --- queries
@@ -602,12 +638,10 @@ Left scan(const Search& search, const Way& way, const Allowed& allowed, const st
   std::atomic<int64_t> rescored{0};
   std::vector<char> wrong(static_cast<size_t>(n), 0);
   const int64_t per_task = std::max<int64_t>(1, std::min<int64_t>(16, n / (4 * slots)));
-  const auto exact = FASTDIFF_PICK(topk_exact);
   parallel(slots, (n + per_task - 1) / per_task, [&](int64_t task) {
-    Aligned<float> scratch(16 * search.scan.dim);
-    std::vector<float> low, scores;
+    Rescoring best(search);
+    std::vector<float> low;
     std::vector<int32_t> rows;
-    std::vector<uint64_t> keys;
     for (int64_t q = task * per_task; q < std::min(n, (task + 1) * per_task); q++) {
       if (job.given_up[static_cast<size_t>(q)].load(std::memory_order_relaxed)) continue;
       float floor = job.floors.get(q);
@@ -628,24 +662,8 @@ Left scan(const Search& search, const Way& way, const Allowed& allowed, const st
           if (kept.high[i] >= floor) rows.push_back(kept.row[i]);
         }
       }
-      const int64_t query = which[static_cast<size_t>(q)];
-      scores.resize(rows.size());
-      ExactArgs args;
-      args.query = search.queries + query * search.scan.dim;
-      args.items = search.items.chunks[0];
-      args.row_bytes = search.items.row_bytes;
-      args.dim = search.scan.dim;
-      args.rows = rows.data();
-      args.first = 0;
-      args.n = static_cast<int64_t>(rows.size());
-      args.scores = scores.data();
-      args.scratch = scratch.get();
-      exact(args);
-      keys.resize(rows.size());
-      for (size_t i = 0; i < rows.size(); i++) keys[i] = to_key(scores[i], static_cast<uint32_t>(rows[i]));
-      best_first(keys, search.k);
-      write(keys, search.k, search.rows + query * search.k, search.scores + query * search.k);
-      rescored.fetch_add(args.n, std::memory_order_relaxed);
+      best.write_of(which[static_cast<size_t>(q)], rows);
+      rescored.fetch_add(static_cast<int64_t>(rows.size()), std::memory_order_relaxed);
     }
   });
   report.rescored += rescored.load();
@@ -841,14 +859,11 @@ void by_definition(const Search& search, const Allowed& allowed, const std::vect
 // Only the rows listed, each once.
 void of_candidates(const Search& search, const Allowed& allowed) {
   const int64_t n = search.n_queries, total = search.candidates.offsets[n];
-  const auto exact = FASTDIFF_PICK(topk_exact);
   const int64_t per_task = std::max<int64_t>(1, n / 64);
   const int threads = total * search.scan.dim > 50000 ? search.threads : 1;
   parallel(threads, (n + per_task - 1) / per_task, [&](int64_t task) {
-    Aligned<float> scratch(16 * search.scan.dim);
+    Rescoring best(search);
     std::vector<int32_t> rows;
-    std::vector<float> scores;
-    std::vector<uint64_t> keys;
     for (int64_t query = task * per_task; query < std::min(n, (task + 1) * per_task); query++) {
       const DeniedRows denied(search, {query});
       const Denied* none = denied.get();
@@ -861,22 +876,7 @@ void of_candidates(const Search& search, const Allowed& allowed) {
       }
       std::sort(rows.begin(), rows.end());
       rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
-      scores.resize(rows.size());
-      ExactArgs args;
-      args.query = search.queries + query * search.scan.dim;
-      args.items = search.items.chunks[0];
-      args.row_bytes = search.items.row_bytes;
-      args.dim = search.scan.dim;
-      args.rows = rows.data();
-      args.first = 0;
-      args.n = static_cast<int64_t>(rows.size());
-      args.scores = scores.data();
-      args.scratch = scratch.get();
-      exact(args);
-      keys.resize(rows.size());
-      for (size_t i = 0; i < rows.size(); i++) keys[i] = to_key(scores[i], static_cast<uint32_t>(rows[i]));
-      best_first(keys, search.k);
-      write(keys, search.k, search.rows + query * search.k, search.scores + query * search.k);
+      best.write_of(query, rows);
     }
   });
 }
