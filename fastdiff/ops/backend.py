@@ -7,7 +7,7 @@ PyTorch on the CPU because the C++ ops cannot be used, a UserWarning says so, on
 
     torch   plain PyTorch, the reference of every op; runs everywhere
     cpu     vectorised C++ (csrc/cpu)
-    triton  Triton kernels (kernels/), on a CUDA device
+    triton  Triton kernels (kernels/), on a CUDA device; with TRITON_INTERPRET=1 also on the CPU, interpreted: for tests
     cuda    C++/CUDA (csrc/cuda), on a CUDA device
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,13 +45,25 @@ def why_not(backend: str, device: torch.device | str, dtype: torch.dtype = torch
             return f"it computes in float32, got {str(dtype).removeprefix('torch.')}"
         library.check_level()
         return library.why_not()
-    if backend in ("triton", "cuda"):
-        if device.type != "cuda":
-            return f"it needs a CUDA device, got {device.type}"
-        if backend == "triton" and importlib.util.find_spec("triton") is None:
-            return "the package 'triton' is not installed"
-        return None
+    if backend == "triton":
+        return _why_no_triton(device, dtype)
+    if backend == "cuda":
+        return None if device.type == "cuda" else f"it needs a CUDA device, got {device.type}"
     raise InvalidArgument(f"backend: unknown name {backend!r}; known backends: auto, {', '.join(BACKENDS)}")
+
+
+def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package 'triton' is not installed"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda":
+        return None
+    if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs a CUDA device, got {device.type}"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter computes wrongly in bfloat16; a CUDA device is needed for it"
+    return None
 
 
 @cache

@@ -75,4 +75,11 @@ def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-philox_normals = Op("philox_normals", philox_normals_ref, {"cpu": "fastdiff.ops.cpu.philox_normals:philox_normals"})
+philox_normals = Op(
+    "philox_normals",
+    philox_normals_ref,
+    {
+        "cpu": "fastdiff.ops.cpu.philox_normals:philox_normals",
+        "triton": "fastdiff.kernels.philox_normals:philox_normals",
+    },
+)

@@ -40,4 +40,8 @@ def sampler_step_ref(
     return x_prev.to(model_output.dtype).contiguous()
 
 
-sampler_step = Op("sampler_step", sampler_step_ref, {"cpu": "fastdiff.ops.cpu.sampler_step:sampler_step"})
+sampler_step = Op(
+    "sampler_step",
+    sampler_step_ref,
+    {"cpu": "fastdiff.ops.cpu.sampler_step:sampler_step", "triton": "fastdiff.kernels.sampler_step:sampler_step"},
+)

@@ -24,6 +24,7 @@ FAST = Op("fast", reference, {"cpu": "math:sqrt", "triton": "math:fabs"})
 @pytest.fixture(autouse=True)
 def _with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.library, "why_not", lambda: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,15 @@ def test_why_not_says_what_the_library_says(monkeypatch: pytest.MonkeyPatch) -> 
     assert why_not("cpu", "cpu") == "not built"
     with pytest.raises(BackendUnavailable, match=r"fast: backend 'cpu' cannot run: not built. Usable here: torch"):
         FAST.bind("cpu", "cpu")
+
+
+def test_triton_is_interpreted_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not("triton", "cpu") is None
+    assert why_not("triton", "cpu", torch.float16) is None
+    assert "interpreter computes wrongly in bfloat16" in str(why_not("triton", "cpu", torch.bfloat16))
+    assert why_not("triton", "cuda", torch.bfloat16) is None
+    assert why_not("triton", "cuda", torch.float64) == "it computes in float32, float16 or bfloat16, got float64"
 
 
 def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+"""sampler_step in Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.runtime import next_power_of_2
+
+_NUMBERS = 4096  # of a tensor, that one program reads
+
+
+@triton.jit
+def _sampler_step_kernel(
+    p_output,
+    p_x_t,
+    p_noise,
+    p_x_prev,
+    output_stride,
+    x_t_stride,
+    noise_stride,
+    c_out,
+    c_xt,
+    c_noise,
+    n_rows,
+    dim,
+    HAS_X_T: tl.constexpr,
+    HAS_NOISE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_dim = tl.arange(0, BLOCK_D)[None, :]
+    mask = (o_row < n_rows)[:, None] & (o_dim < dim)
+    o_row = o_row[:, None]
+    b_x_prev = c_out * tl.load(p_output + o_row * output_stride + o_dim, mask=mask, other=0.0).to(tl.float32)
+    if HAS_X_T:
+        b_x_prev += c_xt * tl.load(p_x_t + o_row * x_t_stride + o_dim, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NOISE:
+        b_x_prev += c_noise * tl.load(p_noise + o_row * noise_stride + o_dim, mask=mask, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        b_x_prev = unit_rows(b_x_prev)
+    tl.store(p_x_prev + o_row * dim + o_dim, b_x_prev.to(p_x_prev.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def unit_rows(b_x):
+    """x / max(|x|, 1e-12) of the rows of a block [R, D] that is 0 beyond the rows' own dims."""
+    b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
+    return b_x / tl.maximum(b_norm, 1e-12)[:, None]
+
+
+def sampler_step(
+    model_output: Tensor,
+    x_t: Tensor,
+    noise: Tensor | None,
+    c_out: float,
+    c_xt: float,
+    c_noise: float,
+    normalize: bool = False,
+) -> Tensor:
+    """See `fastdiff.ops.sampler_step.sampler_step_ref`."""
+    if noise is None and c_noise:
+        raise InvalidArgument(f"sampler_step: noise must be given where c_noise is not 0 (got None with {c_noise:g})")
+    n_rows, dim = model_output.shape
+    x_prev = torch.empty_like(model_output, memory_format=torch.contiguous_format)
+    if x_prev.numel() == 0:
+        return x_prev
+    model_output, x_t = _rows(model_output), _rows(x_t)
+    noise = x_t if noise is None else _rows(noise)
+    block_r, block_d = _blocks(n_rows, dim)
+    _sampler_step_kernel[(triton.cdiv(n_rows, block_r),)](
+        model_output,
+        x_t,
+        noise,
+        x_prev,
+        model_output.stride(0),
+        x_t.stride(0),
+        noise.stride(0),
+        c_out,
+        c_xt,
+        c_noise,
+        n_rows,
+        dim,
+        HAS_X_T=c_xt != 0.0,
+        HAS_NOISE=c_noise != 0.0,
+        NORMALIZE=normalize,
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+    )
+    return x_prev
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a row's numbers side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _blocks(n_rows: int, dim: int) -> tuple[int, int]:
+    block_d = next_power_of_2(dim)
+    return max(1, min(_NUMBERS // block_d, next_power_of_2(n_rows))), block_d
+
+
+def cases() -> Iterator[Case]:
+    """What `python -m fastdiff.kernels.precompile` compiles."""
+    for dtype in ("fp32", "fp16", "bf16"):
+        for n_rows, dim in ((1, 64), (1024, 128)):
+            block_r, block_d = _blocks(n_rows, dim)
+            pointers = dict.fromkeys(("p_output", "p_x_t", "p_noise", "p_x_prev"), f"*{dtype}")
+            strides = dict.fromkeys(("output_stride", "x_t_stride", "noise_stride"), "i32")
+            factors = dict.fromkeys(("c_out", "c_xt", "c_noise"), "fp32")
+            yield Case(
+                f"{dtype} R={n_rows} D={dim}",
+                _sampler_step_kernel,
+                {**pointers, **strides, **factors, "n_rows": "i32", "dim": "i32"},
+                {"HAS_X_T": True, "HAS_NOISE": True, "NORMALIZE": True, "BLOCK_R": block_r, "BLOCK_D": block_d},
+            )
