@@ -78,8 +78,7 @@ Row attend(const Row& query, const Rows& keys, const Rows& values, int heads) {
   return gathered;
 }
 
-// --- packing, as fastdiff/ops/cpu/packing.py does it
-// ---------------------------------------------------------------------
+// --- packing, as fastdiff/ops/cpu/packing.py does it -----------------------------------------------------------------
 
 void pack(std::vector<float>& to, const std::vector<float>& weight, int n_in, int n_out, double factor = 1.0) {
   const size_t at = to.size();
@@ -136,8 +135,7 @@ Row row_of(const std::vector<float>& table, int64_t row, int dim) {
   return Row(table.begin() + row * dim, table.begin() + (row + 1) * dim);
 }
 
-// --- the encoder
-// -----------------------------------------------------------------------------------------------------------
+// --- the encoder -----------------------------------------------------------------------------------------------------
 
 struct EncoderLayer {
   Dense query, key, value, out, up, down;
@@ -248,8 +246,7 @@ void encode(int dim, int heads, int hidden, int layers, int window, bool gelu, i
   expect_close(context, want, 2e-4, "encode_padded_history, dim " + std::to_string(dim));
 }
 
-// --- the decoder
-// -----------------------------------------------------------------------------------------------------------
+// --- the decoder -----------------------------------------------------------------------------------------------------
 
 void decode(int dim, int heads, bool coupled, bool gelu, int64_t users, int64_t samples, bool philox) {
   constexpr double kEps = 1e-5;
