@@ -136,7 +136,7 @@ def our_closed_form(model: Model[Any, Any], condition: Any) -> tuple[Callable[[A
     def run(condition: Any, noise: Noise) -> Tensor:
         affine = model.affine(model.prepare(condition, plan, GUIDANCE), plan)
         assert affine is not None
-        x_0: Tensor = model.bound["sample_affine"](form, affine.cond, noise)
+        x_0: Tensor = model.bound["sample_affine"](form, affine.cond, affine.uncond, affine.guidance_scale, noise)
         return x_0
 
     return run, setup

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(fastdiff, m) {
   m.def("encode_last_item(Tensor items, Tensor lengths, Tensor item_table, Tensor weights, int window, int outputs, int pad_id, float eps) -> Tensor");
   m.def("encode_interests(Tensor items, Tensor lengths, Tensor item_table, Tensor? weights, int window, int hidden, int interests, int pad_id, bool positions_in_values) -> Tensor");
   m.def("row_linear(Tensor x, Tensor weights, int n_out) -> Tensor");
-  m.def("sample_affine(Tensor cond, Tensor weights, Tensor? z, int seed, Tensor? row_key, Tensor? sample) -> Tensor");
+  m.def("sample_affine(Tensor cond, Tensor? uncond, float guidance_scale, Tensor weights, Tensor? z, int seed, Tensor? row_key, Tensor? sample) -> Tensor");
   m.def("denoise_mlp_loop(Tensor? x_t, Tensor network, Tensor steps, int dim, Tensor cond, Tensor? uncond, float guidance_scale, Tensor? noise, int seed, Tensor? row_key, Tensor? sample) -> Tensor");
   m.def("encode_causal_history(Tensor items, Tensor lengths, Tensor item_table, Tensor norm_weight, Tensor norm_bias, float norm_eps, Tensor[] blocks, int hidden, int heads, float eps, Tensor pads, Tensor pad_output, int window, bool only_last) -> (Tensor, Tensor)");
   m.def("prepare_causal_prefix(Tensor condition, Tensor items, Tensor lengths, Tensor item_table, float input_scale, bool normalize, Tensor time, Tensor[] blocks, int hidden, int heads, float eps, Tensor pads, int window, bool guided) -> (Tensor, Tensor, Tensor)");

@@ -297,17 +297,17 @@ class RankingRequest:
             )
 
     def resolve(
-        self, catalog: ItemCatalog, config: ModelConfig, seen: UserLists, filter_seen_default: bool
+        self, catalog: ItemCatalog, config: ModelConfig, histories: ParsedHistories, filter_seen_default: bool
     ) -> dict[str, Any]:
         """Candidates and filters, under the names of `ItemCatalog.topk`'s arguments."""
         if self.ranking == "published":
             # items added later are no rows of the authors' table
-            zeroed = None if config.published_seen_score is None else seen.below(config.n_rows)
+            zeroed = None if config.published_seen_score is None else histories.seen.below(config.n_rows)
             return {"published": True, "n_published_rows": config.n_rows, "zeroed": zeroed}
-        n_users = seen.n_users
+        n_users = histories.n_users
         exclude = _user_rows(catalog, self.user_exclude_items, n_users, "user_exclude_items")
         if filter_seen_default if self.filter_seen is None else self.filter_seen:
-            exclude = seen if exclude is None else seen.union(exclude)
+            exclude = histories.seen if exclude is None else histories.seen.union(exclude)
         return {
             "exclude_rows": _rows(catalog, self.exclude_items, "exclude_items"),
             "candidate_rows": _rows(catalog, self.candidate_items, "candidate_items"),

@@ -18,6 +18,7 @@ Equal in law to the loop, not draw for draw. Everything is built in float64, onc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,16 +31,17 @@ MAX_AMPLIFICATION = 1e4
 three digits of x_0 would be left, and the loop itself would be as bad."""
 
 
-@dataclass(frozen=True)
-class AffineDenoiser:
-    """output_i = w_x x_i + cond + time[i].
+class AffineDenoiser(NamedTuple):
+    """output_i = w_x x_i + u + time[i], with u = cond, or uncond + g (cond - uncond) under guidance.
 
-    w_x [D, D]   cond [R, D]   time [S, D]
+    w_x [D, D]   cond [R, D]   time [S, D]   uncond [R, D] or [1, D], None where guidance is off   guidance_scale  g
     """
 
     w_x: Tensor
     cond: Tensor
     time: Tensor
+    uncond: Tensor | None
+    guidance_scale: float
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ class Engine:
         n_users, n_samples = parsed.n_users, settings.num_samples
         request = NoiseRequest(noise, generator, seed, request_ids)
         draws, used_seed = request.resolve(parsed, n_samples, self.model, plan, closed)
-        filters = candidates.resolve(catalog, self.config, parsed.seen, defaults.filter_seen)
+        filters = candidates.resolve(catalog, self.config, parsed, defaults.filter_seen)
         watch.lap("prepare")
         if n_users == 0:
             return self._empty(catalog, settings, used_seed, output_embeddings, watch)
@@ -272,7 +272,7 @@ class Engine:
         state = self.model.repeat(state, n_samples) if n_samples > 1 else state
         if closed:
             form, affine = self._closed_form(state, plan)
-            x_0 = self.model.bound["sample_affine"](form, affine.cond, draws)
+            x_0 = self.model.bound["sample_affine"](form, affine.cond, affine.uncond, affine.guidance_scale, draws)
         elif show_progress:
             with _progress(plan, callback_on_step_end) as on_step:
                 x_0 = self.model.sample(state, plan, draws, on_step)

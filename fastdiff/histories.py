@@ -44,13 +44,16 @@ class ParsedHistories:
     row_key   [B] int64, a hash of what the model sees
     """
 
-    __slots__ = ("_row_key", "n_users", "seen", "window")
+    __slots__ = ("_offsets", "_row_key", "_rows", "n_users", "window")
 
     def __init__(self, packed: Packed) -> None:
-        items, lengths, rows, offsets, self._row_key = packed
+        items, lengths, self._rows, self._offsets, self._row_key = packed
         self.n_users = len(lengths)
         self.window = Histories(torch.from_numpy(items), torch.from_numpy(lengths))
-        self.seen = UserLists.trusted(torch.from_numpy(rows), torch.from_numpy(offsets))
+
+    @property
+    def seen(self) -> UserLists:
+        return UserLists.trusted(torch.from_numpy(self._rows), torch.from_numpy(self._offsets))
 
     @property
     def row_key(self) -> Tensor:

@@ -109,12 +109,12 @@ class PhiloxNoise(Noise):
         self.dim, self.dtype = dim, dtype
         self._made = range(0)
         self._values: Tensor | None = None
-        self._longest = max(1, _NORMALS_AT_ONCE // max(1, row_key.shape[0] * dim))
 
     def draw(self, index: int) -> Tensor:
         if self._values is None or index not in self._made:
             follows = index == self._made.stop
-            length = min(2 * len(self._made), self._longest) if follows and index > 0 else 1
+            longest = max(1, _NORMALS_AT_ONCE // max(1, self.row_key.shape[0] * self.dim))
+            length = min(2 * len(self._made), longest) if follows and index > 0 else 1
             self._made = range(index, index + length)
             values = self._normals(self.seed, self.row_key, self.sample, index, length, self.dim)
             self._values = values.to(self.dtype)

@@ -14,6 +14,7 @@ from fastdiff.models.base import Histories
 from fastdiff.models.dreamrec import DreamRec
 from fastdiff.noise import GivenNoise, PhiloxNoise
 from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights, denoise_mlp_loop_ref
+from fastdiff.ops.sample_affine import sample_affine_ref
 from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
@@ -156,7 +157,8 @@ def test_a_model_hands_over_what_its_loop_computes():
     state = model.prepare(model.encode(histories, model.item_table), plan, 3.0)
     denoise = model.affine(state, plan)
     silence = torch.zeros(61, 2, 8).double()
-    mean = collapse(plan, denoise.w_x, denoise.time).sample(denoise.cond, silence[0])
+    form, (_, cond, _, uncond, scale) = collapse(plan, denoise.w_x, denoise.time), denoise
+    mean = sample_affine_ref(form, cond, uncond, scale, GivenNoise(silence))
     assert_agree(mean, model.sample(state, plan, GivenNoise(silence)), torch.float64)
 
 

@@ -55,7 +55,8 @@ Tensor denoise_mlp_loop(const MaybeTensor& x_t, const Tensor& network, const Ten
   const Tensor packed = floats(op, "network", network, {-1});
   const MlpShape shape = shape_of_network(packed, dim);
   const int64_t hidden = shape.widths[1];
-  const bool guided = uncond.has_value(), keyed = row_key.has_value();
+  const bool guided = uncond.has_value(), two_branches = guided && !mlp_is_linear(shape.layers, shape.norm_eps);
+  const bool keyed = row_key.has_value();
   FASTDIFF_CHECK(keyed == sample.has_value(), op, ": row_key and sample go together");
   const Tensor conds = floats(op, "cond", cond, {-1, hidden});
   const int64_t rows = conds.size(0);
@@ -82,13 +83,13 @@ Tensor denoise_mlp_loop(const MaybeTensor& x_t, const Tensor& network, const Ten
   if (rows == 0) return x_0;
   const int threads = num_threads();
   const int64_t per_task = rows_per_task(rows, steps, packed_size(shape, false), threads);
-  const MlpLayout layout = mlp_layout(shape.widths, shape.layers, per_task, guided, steps, kMlpNoise);
+  const MlpLayout layout = mlp_layout(shape.widths, shape.layers, per_task, two_branches, steps, kMlpNoise);
   const auto kernel = FASTDIFF_PICK(denoise_mlp_loop);
   parallel(threads, (rows + per_task - 1) / per_task, [&](int64_t task) {
     const int64_t first = task * per_task, here = std::min(per_task, rows - first);
     // a last, smaller block makes its noise further ahead, in the same memory
     static thread_local std::vector<float> scratch;
-    const MlpLayout needed = mlp_layout(shape.widths, shape.layers, here, guided, steps, kMlpNoise);
+    const MlpLayout needed = mlp_layout(shape.widths, shape.layers, here, two_branches, steps, kMlpNoise);
     scratch.resize(static_cast<size_t>(std::max(layout.total, needed.total)) + 16);
     float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) / 64 * 64);
     MlpLoopArgs args = {};

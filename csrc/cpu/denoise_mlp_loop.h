@@ -35,7 +35,7 @@ struct MlpLoopArgs {
 
   const float* x_t;        // [rows, dim], or null: draw 0
   const float* cond;       // [rows, H]
-  const float* uncond;     // rows uncond_step apart, or null
+  const float* uncond;     // rows uncond_step apart, or null: guidance is off
   int64_t uncond_step;     // H, or 0: one for all
   float guidance_scale;
   const float* table;  // [steps, kMlpFactors + padded H]: the factors by MlpFactor, then the time

@@ -191,14 +191,14 @@ FASTDIFF_INLINE void onto_sphere(float* x, int64_t dim) {
 
 void denoise_mlp_loop(const MlpLoopArgs& args) {
   const Network net = unpack(args);
-  const bool guided = args.uncond != nullptr;
+  const bool linear_only = mlp_is_linear(args.shape.layers, args.shape.norm_eps);
+  const bool guided = args.uncond != nullptr && !linear_only;  // in two branches
   const int rows = args.rows, branches = guided ? 2 : 1;
   const int layers = args.shape.layers;
   const int64_t dim = args.shape.widths[0], hidden_dim = args.shape.widths[1];
   const MlpLayout lay = mlp_layout(args.shape.widths, layers, rows, guided, args.steps, kMlpNoise);
   float* state = args.scratch + lay.state;
   float* next = args.scratch + lay.hidden;  // of a linear denoiser: the state after the step
-  const bool linear_only = layers == 0 && !guided && args.shape.norm_eps < 0.0f;
   float* const cond = args.scratch + lay.cond;
   float* const uncond = args.scratch + lay.uncond;
   float* const made = args.scratch + lay.noise;
@@ -206,8 +206,14 @@ void denoise_mlp_loop(const MlpLoopArgs& args) {
   const Vec scale = set1(args.guidance_scale);
 
   for (int row = 0; row < rows; row++) {
-    pad_row(args.cond + row * hidden_dim, hidden_dim, cond + row * lay.wide, lay.wide);
-    if (guided) pad_row(args.uncond + row * args.uncond_step, hidden_dim, uncond + row * lay.wide, lay.wide);
+    const float* const of_row = args.cond + row * hidden_dim;
+    const float* const without = args.uncond == nullptr ? nullptr : args.uncond + row * args.uncond_step;
+    if (linear_only && without != nullptr) {
+      guide_row(of_row, without, args.guidance_scale, hidden_dim, cond + row * lay.wide, lay.wide);
+    } else {
+      pad_row(of_row, hidden_dim, cond + row * lay.wide, lay.wide);
+    }
+    if (guided) pad_row(without, hidden_dim, uncond + row * lay.wide, lay.wide);
     const float* start = args.x_t + row * dim;
     if (args.x_t == nullptr) {
       fill_normals(keys, args.row_key + row, args.sample + row, 1, 0, 1, 0, static_cast<int>(dim), made, lay.normals);

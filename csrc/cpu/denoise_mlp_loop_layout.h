@@ -13,6 +13,9 @@ struct MlpLayout {
   int64_t state, cond, uncond, hidden, other, noise, total;
 };
 
+// A denoiser of one layer and no norm: guidance of its outputs is guidance of its conditions.
+inline bool mlp_is_linear(int layers, float norm_eps) { return layers == 0 && norm_eps < 0.0f; }
+
 constexpr int64_t mlp_padded(int64_t n) { return (n + 15) / 16 * 16; }
 constexpr int64_t mlp_split(int64_t dim) { return dim / 2; }
 

@@ -20,6 +20,20 @@ FASTDIFF_INLINE void unpad_row(const float* from, float* to, int64_t n) {
   for (int64_t at = 0; at < n; at += kLanes) store_n(to + at, load(from + at), lanes_left(n, at));
 }
 
+// Classifier-free guidance u + g (c - u) over a row of n, then zeros up to padded_n.
+FASTDIFF_INLINE void guide_row(const float* cond, const float* uncond, float scale, int64_t n, float* to,
+                               int64_t padded_n) {
+  for (int64_t at = 0; at < padded_n; at += kLanes) {
+    const int left = lanes_left(n, at);
+    if (left <= 0) {
+      store(to + at, zero());
+      continue;
+    }
+    const Vec u = load_n(uncond + at, left);
+    store(to + at, fma(set1(scale), load_n(cond + at, left) - u, u));
+  }
+}
+
 // y = (x - mean) / sqrt(variance + eps) weight + bias over a row of n; x, y, weight and bias are padded. y may be x.
 FASTDIFF_INLINE void layer_norm(const float* x, int64_t n, const float* weight, const float* bias, float eps, float* y) {
   Vec total = zero(), squares = zero();

@@ -7,12 +7,17 @@
 namespace fastdiff {
 namespace {
 
-Tensor sample_affine(const Tensor& cond, const Tensor& weights, const MaybeTensor& z, int64_t seed,
-                     const MaybeTensor& row_key, const MaybeTensor& sample) {
+Tensor sample_affine(const Tensor& cond, const MaybeTensor& uncond, double guidance_scale, const Tensor& weights,
+                     const MaybeTensor& z, int64_t seed, const MaybeTensor& row_key, const MaybeTensor& sample) {
   constexpr const char* op = "sample_affine";
   const Tensor conds = floats(op, "cond", cond, {-1, -1});
   const int64_t rows = conds.size(0), dim = conds.size(1), whole = (dim + 15) / 16 * 16;
   FASTDIFF_CHECK(dim > 0 && dim < (1 << 16), op, ": cond must be [R, D] with D in 1 .. 2^16 - 1 (got ", shape_of(cond), ")");
+  const bool guided = uncond.has_value();
+  const Tensor unconds = guided ? floats(op, "uncond", *uncond, {-1, dim}) : conds;
+  const int64_t uncond_rows = unconds.size(0), uncond_step = uncond_rows == 1 ? 0 : dim;
+  FASTDIFF_CHECK(uncond_rows == rows || uncond_rows == 1, op, ": uncond must have 1 or ", rows, " rows (got ",
+                 uncond_rows, ")");
   const Tensor packed = floats(op, "weights", weights, {whole * (2 * dim + 1)});
   const bool given = z.has_value();
   FASTDIFF_CHECK(given != (row_key.has_value() && sample.has_value()), op, ": give z, or row_key and sample");
@@ -23,14 +28,15 @@ Tensor sample_affine(const Tensor& cond, const Tensor& weights, const MaybeTenso
   if (rows == 0) return x_0;
   const int64_t per_task =
       rows_per_task(rows, static_cast<double>(2 * whole * dim + 64 * dim), num_threads(), kAffineRows, 3e5);
-  const int64_t normals = (dim + 63) / 64 * 64;
   const auto kernel = FASTDIFF_PICK(sample_affine);
   parallel(num_threads(), (rows + per_task - 1) / per_task, [&](int64_t task) {
     const int64_t first = task * per_task;
-    kernel({data<float>(packed), data<float>(conds) + first * dim, given ? data<float>(draws) + first * dim : nullptr,
+    kernel({data<float>(packed), data<float>(conds) + first * dim,
+            guided ? data<float>(unconds) + first * uncond_step : nullptr, uncond_step,
+            static_cast<float>(guidance_scale), given ? data<float>(draws) + first * dim : nullptr,
             static_cast<uint64_t>(seed), given ? nullptr : data<int64_t>(keys) + first,
             given ? nullptr : data<int64_t>(samples) + first, static_cast<int>(std::min(per_task, rows - first)),
-            static_cast<int>(dim), scratch(kAffineRows * (normals + whole)), mutable_data<float>(x_0) + first * dim});
+            static_cast<int>(dim), scratch(affine_scratch(dim)), mutable_data<float>(x_0) + first * dim});
   });
   return x_0;
 }

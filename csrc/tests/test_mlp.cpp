@@ -192,24 +192,27 @@ void one_layer(int64_t rows, int64_t n_in, int64_t n_out) {
   expect_close(y, want, 2e-6, "row_linear");
 }
 
-void affine(int rows, int dim, bool given) {
+void affine(int rows, int dim, bool given, bool guided) {
   Draws draws(static_cast<uint64_t>(rows * 1000 + dim));
   const Layer gain(draws, dim, dim), factor(draws, dim, dim);
   Floats packed;
   pack_panels(gain, 0, dim, packed);
   pack_vector(gain.bias, packed);
   pack_panels(factor, 0, dim, packed);
-  const Floats cond = draws.normals(rows * dim), z = draws.normals(rows * dim);
+  const Floats cond = draws.normals(rows * dim), z = draws.normals(rows * dim), uncond = draws.normals(dim);
   const Keys keys(draws, rows);
   Floats x_0(static_cast<size_t>(rows * dim), kNaN);
-  Floats scratch(static_cast<size_t>(kAffineRows * ((dim + 63) / 64 * 64 + up(dim))), kNaN);
-  FASTDIFF_PICK(sample_affine)({packed.data(), cond.data(), given ? z.data() : nullptr, 17, keys.row_key.data(),
-                                keys.sample.data(), rows, dim, scratch.data(), x_0.data()});
+  Floats scratch(static_cast<size_t>(affine_scratch(dim)), kNaN);
+  FASTDIFF_PICK(sample_affine)({packed.data(), cond.data(), guided ? uncond.data() : nullptr, 0, 1.7f,
+                                given ? z.data() : nullptr, 17, keys.row_key.data(), keys.sample.data(), rows, dim,
+                                scratch.data(), x_0.data()});
   Doubles want;
   for (int row = 0; row < rows; row++) {
     Doubles draw = row_of(z, row, dim);
     for (int i = 0; !given && i < dim; i++) draw[i] = philox_normal(17, keys.row_key[row], keys.sample[row], 0, i);
-    const Doubles a = gain(row_of(cond, row, dim)), b = factor(draw, false);
+    Doubles c = row_of(cond, row, dim);
+    for (int i = 0; guided && i < dim; i++) c[i] = uncond[i] + 1.7 * (c[i] - uncond[i]);
+    const Doubles a = gain(c), b = factor(draw, false);
     for (int i = 0; i < dim; i++) want.push_back(a[i] + b[i]);
   }
   expect_close(x_0, want, 3e-6, "sample_affine");
@@ -500,7 +503,9 @@ void interests(int rows, int dim, int64_t places, int count, bool learned, bool 
 void everything() {
   for (const int dim : {1, 2, 3, 4, 5, 15, 16, 17, 31, 50, 63, 64, 65, 130}) {
     for (const int rows : {0, 1, 3, 17}) philox(rows, dim);
-    for (const int rows : {1, 2, 24}) affine(rows, dim, true), affine(rows, dim, false);
+    for (const int rows : {1, 2, 24}) {
+      for (const bool guided : {false, true}) affine(rows, dim, true, guided), affine(rows, dim, false, guided);
+    }
     for (const int rows : {1, 5, 24}) {
       if (dim > 4) encode(rows, dim, 9), encode(rows, dim, 3, 2 * dim);
       interests(rows, dim, 9, 3, true, dim % 2 == 0);

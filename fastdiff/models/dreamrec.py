@@ -23,16 +23,15 @@ What is restructured, equal up to rounding:
     W_v out of the sum (softmax ignores q . b_k; its weights sum to 1), so that no key or value is ever formed;
   - the first layer of the diffuser is split by columns: W_h h + b once per user, as the encoder's last layer, and
     W_t tau(t) once per step;
-  - "mlp1" is one linear layer, so guidance folds into the condition: u + g (c - u) of W_h h + b and W_h null + b;
-    "mlp2" runs a second, unconditional branch behind its first layer.
+  - "mlp1" is one linear layer, so its ops fold guidance into the condition: u + g (c - u) of W_h h + b and
+    W_h null + b; "mlp2" runs a second, unconditional branch behind its first layer.
 
 Weights: the authors' names. s_fc, emb_mlp and diff_mlp are in their checkpoints and are never read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +43,7 @@ from fastdiff.models.base import Histories, Model, OnStep, Weights
 from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.noise import Noise
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref, guided
+from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights, denoise_mlp_loop, denoise_mlp_step_ref
 from fastdiff.ops.encode_last_item import LastItemBlock, encode_last_item
 from fastdiff.ops.philox_normals import philox_normals
 from fastdiff.ops.sample_affine import sample_affine
@@ -53,11 +52,10 @@ from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
 
 
-@dataclass(frozen=True)
-class DreamRecState:
+class DreamRecState(NamedTuple):
     """What the denoiser reads besides x_t: the shares of its first layer that do not depend on x_t.
 
-    cond     [R, H] with the bias     uncond  [1, H], or None where guidance is off or folded into `cond`
+    cond     [R, H] with the bias     uncond  [1, H], or None where guidance is off
     sampler  the network and the plan
     """
 
@@ -146,14 +144,10 @@ class DreamRec(Model[Tensor, DreamRecState]):
 
     def prepare(self, condition: Tensor, plan: StepPlan, guidance_scale: float) -> DreamRecState:
         sampler = self._samplers.get(plan, self._sampler)
-        if guidance_scale == 1.0:
-            return DreamRecState(condition, None, 1.0, sampler)
-        if self.mlp.layers:
-            return DreamRecState(condition, self._uncond, guidance_scale, sampler)
-        return DreamRecState(guided(self._uncond, condition, guidance_scale), None, guidance_scale, sampler)
+        return DreamRecState(condition, None if guidance_scale == 1.0 else self._uncond, guidance_scale, sampler)
 
     def repeat(self, state: DreamRecState, num_samples: int) -> DreamRecState:
-        return replace(state, cond=state.cond.repeat_interleave(num_samples, dim=0))
+        return state._replace(cond=state.cond.repeat_interleave(num_samples, dim=0))
 
     def denoise(self, x_t: Tensor, step: int, state: DreamRecState) -> Tensor:
         scale, time = state.guidance_scale, state.sampler.time[step]
@@ -167,9 +161,9 @@ class DreamRec(Model[Tensor, DreamRecState]):
         return x_0
 
     def affine(self, state: DreamRecState, plan: StepPlan) -> AffineDenoiser | None:
-        if self.mlp.layers:
+        if not self.mlp.is_linear:
             return None
-        return AffineDenoiser(self.mlp.w_in, state.cond, state.sampler.time)
+        return AffineDenoiser(self.mlp.w_in, state.cond, state.sampler.time, state.uncond, state.guidance_scale)
 
     def _sampler(self, plan: StepPlan) -> MLPSampler:
         """The network with a plan: W_t tau(t) `[S, H]` of its timesteps, and its coefficients."""

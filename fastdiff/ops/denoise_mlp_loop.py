@@ -38,6 +38,10 @@ class MLPWeights:
     activation: str = "gelu"
     out_norm: tuple[Tensor, Tensor, float] | None = None
 
+    @property
+    def is_linear(self) -> bool:
+        return not self.layers and self.out_norm is None
+
     def __call__(self, x_t: Tensor, cond: Tensor, time: Tensor) -> Tensor:
         h = x_t @ self.w_in.T + cond + time
         act = ACTIVATIONS[self.activation]
@@ -74,6 +78,13 @@ def guided(uncond: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
     return uncond + guidance_scale * (cond - uncond)
 
 
+def _fold(mlp: MLPWeights, cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+    """(cond, uncond); of a linear network, guidance of its outputs is guidance of its conditions: (guided, None)."""
+    if uncond is None or not mlp.is_linear:
+        return cond, uncond
+    return guided(uncond, cond, guidance_scale), None
+
+
 def denoise_mlp_step_ref(
     x_t: Tensor, mlp: MLPWeights, cond: Tensor, uncond: Tensor | None, guidance_scale: float, time: Tensor
 ) -> Tensor:
@@ -81,6 +92,7 @@ def denoise_mlp_step_ref(
 
     Arguments as in `denoise_mlp_loop_ref`, but time is the step's own `[H]`. Returns [R, D].
     """
+    cond, uncond = _fold(mlp, cond, uncond, guidance_scale)
     output = mlp(x_t, cond, time)
     return output if uncond is None else guided(mlp(x_t, uncond, time), output, guidance_scale)
 
@@ -97,11 +109,12 @@ def denoise_mlp_loop_ref(
 
     x_t             [R, D] the start, x_T; None is draw 0 of `noise`
     cond            [R, H] the first layer's share of the condition, with its bias
-    uncond          [R, H] or [1, H] the same for the unconditional pass; None where guidance is off or folded in `cond`
+    uncond          [R, H] or [1, H] the same for the unconditional pass; None where guidance is off
     guidance_scale  g of u + g (c - u); used only with `uncond`
     noise           draw 1 + i is asked for at step i where coef[i, 2] is not 0
     Returns x_0 [R, D].
     """
+    cond, uncond = _fold(sampler.mlp, cond, uncond, guidance_scale)
     x_t = noise.draw(0) if x_t is None else x_t
     x_t = F.normalize(x_t, dim=-1) if sampler.normalize_start else x_t
     for i, (c_out, c_xt, c_noise) in enumerate(sampler.coef.tolist()):

@@ -278,8 +278,9 @@ def test_the_affine_form_is_the_denoiser():
     state = model.prepare(model.encode(random_histories(BASE, [0, 3]), model.item_table), plan, 3.0)
     form = model.affine(state, plan)
     x = torch.randn(2, 12, dtype=torch.float64)
+    share = form.uncond + form.guidance_scale * (form.cond - form.uncond)
     for step in (0, 7, 14):
-        assert_agree(x @ form.w_x.T + form.cond + form.time[step], model.denoise(x, step, state), torch.float64)
+        assert_agree(x @ form.w_x.T + share + form.time[step], model.denoise(x, step, state), torch.float64)
     two_layers, _ = make(replace(BASE, denoiser="mlp2"))
     assert two_layers.affine(state, plan) is None
 

@@ -127,6 +127,8 @@ CASES = {
     "three layers": replace(TWO, activation="silu"),
     "layer norm": replace(TWO, activation="silu", out_norm=True),
     "linear, shared null": replace(LINEAR, guidance="shared"),
+    "linear, a null per row": replace(LINEAR, rows=13, dim=33, guidance="per row"),
+    "linear, layer norm, shared null": replace(LINEAR, guidance="shared", out_norm=True),
 } | {name: replace(TWO, activation=name) for name in ACTIVATIONS}
 
 

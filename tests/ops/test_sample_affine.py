@@ -30,19 +30,23 @@ def philox(rows: slice, dim: int, dtype: torch.dtype = torch.float32) -> PhiloxN
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (25, 64), (60, 50), (0, 8), (49, 130)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_the_formula(sample, shape, dtype):
+@pytest.mark.parametrize("guidance", ["none", "shared", "per row"])
+def test_equals_the_formula(sample, shape, dtype, guidance):
     if sample_affine.why_not(sample.backend, "cpu", dtype):
         pytest.skip(sample_affine.why_not(sample.backend, "cpu", dtype))
     rows, dim = shape
     form, cond, z = made(dim, dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    uncond = None if guidance == "none" else torch.randn(rows if guidance == "per row" else 1, dim).to(dtype)
     wide = [part.double() for part in (cond, form.gain, form.offset, z, form.factor)]
-    truth = wide[0] @ wide[1].T + wide[2] + wide[3] @ wide[4].T
-    ours = sample(form, cond, GivenNoise(z[None]))
-    twin = relative_error(sample_affine_ref(form, cond, GivenNoise(z[None])), truth)
+    share = wide[0] if uncond is None else uncond.double() + 2.5 * (wide[0] - uncond.double())
+    truth = share @ wide[1].T + wide[2] + wide[3] @ wide[4].T
+    ours = sample(form, cond, uncond, 2.5, GivenNoise(z[None]))
+    twin = relative_error(sample_affine_ref(form, cond, uncond, 2.5, GivenNoise(z[None])), truth)
     assert ours.dtype == dtype
     assert relative_error(ours, truth) <= 2 * twin + FLOOR[dtype]
     drawn = philox(slice(0, rows), dim, dtype)
-    assert_agree(sample(form, cond, drawn), sample(form, cond, GivenNoise(drawn.draw(0)[None])), dtype)
+    given = GivenNoise(drawn.draw(0)[None])
+    assert_agree(sample(form, cond, uncond, 2.5, drawn), sample(form, cond, uncond, 2.5, given), dtype)
 
 
 def test_a_generator_gives_the_first_draw(sample):
@@ -51,19 +55,22 @@ def test_a_generator_gives_the_first_draw(sample):
     def noise() -> GeneratorNoise:
         return GeneratorNoise(torch.Generator().manual_seed(1), 4, 1, 6, torch.float32, torch.device("cpu"))
 
-    assert_agree(sample(form, cond, noise()), sample_affine_ref(form, cond, noise()), torch.float32)
+    ours, twin = sample(form, cond, None, 1.0, noise()), sample_affine_ref(form, cond, None, 1.0, noise())
+    assert_agree(ours, twin, torch.float32)
 
 
 @pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
 @pytest.mark.parametrize("dim", [64, 50])
-def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(dim):
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(dim, guided):
     sample = sample_affine.bind("cpu", "cpu")
     form, cond = made(dim), torch.randn(1501, dim)
-    whole = sample(form, cond, philox(slice(0, 1501), dim))
+    uncond = torch.randn(1, dim) if guided else None
+    whole = sample(form, cond, uncond, 3.0, philox(slice(0, 1501), dim))
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         for rows in (slice(0, 1501), slice(3, 4), slice(100, 129), slice(700, 1400)):
-            assert torch.equal(sample(form, cond[rows], philox(rows, dim)), whole[rows])
+            assert torch.equal(sample(form, cond[rows], uncond, 3.0, philox(rows, dim)), whole[rows])
 
 
 @pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
@@ -73,6 +80,13 @@ def test_opcheck(turn):
 
     sample_affine.bind("cpu", "cpu")
     packed, cond, z = _pack(made(8)), turn(torch.randn(5, 8)), turn(torch.randn(5, 8))
-    keys = torch.arange(10)[::2]
-    for drawn in ((z, 0, None, None), (None, 9, keys, keys)):
-        torch.library.opcheck(torch.ops.fastdiff.sample_affine.default, (cond, packed, *drawn))
+    keys, uncond = torch.arange(10)[::2], turn(torch.randn(5, 8))
+    for drawn in ((None, 1.0, packed, z, 0, None, None), (uncond, 3.0, packed, None, 9, keys, keys)):
+        torch.library.opcheck(torch.ops.fastdiff.sample_affine.default, (cond, *drawn))
+
+
+@pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
+def test_an_uncond_of_another_number_of_rows_is_refused():
+    sample = sample_affine.bind("cpu", "cpu")
+    with pytest.raises(RuntimeError, match="sample_affine: uncond must have 1 or 4 rows \\(got 3\\)"):
+        sample(made(6), torch.randn(4, 6), torch.randn(3, 6), 2.0, philox(slice(0, 4), 6))

@@ -11,16 +11,18 @@ from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector, packed
 from fastdiff.ops.cpu.philox_normals import signed
 
 
-def sample_affine(form: ClosedForm, cond: Tensor, noise: Noise) -> Tensor:
+def sample_affine(form: ClosedForm, cond: Tensor, uncond: Tensor | None, guidance_scale: float, noise: Noise) -> Tensor:
     """See `fastdiff.ops.sample_affine.sample_affine_ref`; float32 only. Philox draws are made inside."""
     weights = packed(form, _pack)
     x_0: Tensor
     if isinstance(noise, PhiloxNoise):
         x_0 = torch.ops.fastdiff.sample_affine.default(
-            cond, weights, None, signed(noise.seed), noise.row_key, noise.sample
+            cond, uncond, guidance_scale, weights, None, signed(noise.seed), noise.row_key, noise.sample
         )
     else:
-        x_0 = torch.ops.fastdiff.sample_affine.default(cond, weights, noise.draw(0), 0, None, None)
+        x_0 = torch.ops.fastdiff.sample_affine.default(
+            cond, uncond, guidance_scale, weights, noise.draw(0), 0, None, None
+        )
     return x_0
 
 
