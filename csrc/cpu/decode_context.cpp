@@ -1,6 +1,6 @@
 #include "decode_context.h"
 
-#include "../tensors.h"
+#include "../step_noise.h"
 #include "packed_layers.h"
 #include "scratch.h"
 #include "thread_pool.h"
@@ -10,7 +10,7 @@ namespace {
 
 Tensor decode_context(const Tensor& context, const Tensor& weights, int64_t heads, bool coupled, bool gelu, double eps,
                       const Tensor& cross, const Tensor& coef, bool normalize, int64_t num_samples,
-                      const MaybeTensor& x_t, const MaybeTensor& noise, int64_t first_draw, int64_t seed,
+                      const MaybeTensor& x_t, int64_t first_draw, const MaybeTensor& noise, int64_t seed,
                       const MaybeTensor& row_key, const MaybeTensor& sample) {
   constexpr const char* op = "decode_context";
   const Tensor contexts = floats(op, "context", context, {-1, -1});
@@ -28,19 +28,11 @@ Tensor decode_context(const Tensor& context, const Tensor& weights, int64_t head
   const int64_t steps = memory.size(0);
   const Tensor table = checked(op, "coef", coef, ScalarType::Double, {steps, 3});
   FASTDIFF_CHECK(steps >= 1, op, ": coef must hold at least one step");
-  MaybeTensor start, draws, keys, samples;
+  MaybeTensor start;
   if (x_t.has_value()) start = floats(op, "x_t", *x_t, {rows, dim});
   FASTDIFF_CHECK(start.has_value() || data<double>(table)[1] == 0.0, op, ": x_t must be given where step 0 reads it");
-  if (noise.has_value()) draws = floats(op, "noise", *noise, {-1, rows, dim});
-  if (row_key.has_value()) {
-    FASTDIFF_CHECK(sample.has_value(), op, ": sample must be given with row_key");
-    keys = checked(op, "row_key", *row_key, ScalarType::Long, {rows});
-    samples = checked(op, "sample", *sample, ScalarType::Long, {rows});
-  }
-  for (int64_t i = 0; i < steps; i++) {
-    const bool drawn = keys.has_value() || (draws.has_value() && i < draws->size(0));
-    FASTDIFF_CHECK(drawn || data<double>(table)[3 * i + 2] == 0.0, op, ": noise must hold a draw for step ", i);
-  }
+  const StepNoise draws(op, noise, row_key, sample, rows, dim);
+  draws.check_steps(steps, [&](int64_t i) { return data<double>(table)[3 * i + 2]; });
   Tensor x_0 = empty_like_with(contexts, {rows, dim}, ScalarType::Float);
   if (rows == 0) return x_0;
 
@@ -53,9 +45,7 @@ Tensor decode_context(const Tensor& context, const Tensor& weights, int64_t head
   args.cross = data<float>(memory), args.coef = data<double>(table), args.steps = static_cast<int>(steps);
   args.normalize = normalize;
   args.x_t = start.has_value() ? data<float>(*start) : nullptr;
-  args.noise = draws.has_value() ? data<float>(*draws) : nullptr;
-  args.row_key = keys.has_value() ? data<int64_t>(*keys) : nullptr;
-  args.sample = keys.has_value() ? data<int64_t>(*samples) : nullptr;
+  args.noise = draws.given(), args.row_key = draws.row_key(), args.sample = draws.sample();
   args.seed = static_cast<uint64_t>(seed), args.first_draw = first_draw;
   args.x_0 = mutable_data<float>(x_0);
 

@@ -1,5 +1,6 @@
 #include "denoise_attention_loop.h"
 
+#include "../step_noise.h"
 #include "scratch.h"
 #include "thread_pool.h"
 #include "transformer_tensors.h"
@@ -12,8 +13,8 @@ Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& bloc
                               double eps, const Tensor& cond, const Tensor& keys_values, const Tensor& lengths,
                               const Tensor& pad, const Tensor& log_pads, const MaybeTensor& uniform,
                               double guidance_scale, double input_scale, const Tensor& time, const Tensor& coef,
-                              bool normalize, const MaybeTensor& noise, const MaybeTensor& row_key,
-                              const MaybeTensor& sample, int64_t seed) {
+                              bool normalize, const MaybeTensor& noise, int64_t seed,
+                              const MaybeTensor& row_key, const MaybeTensor& sample) {
   constexpr const char* op = "denoise_attention_loop";
   const Tensor fixed = floats(op, "cond", cond, {-1, -1, -1});
   const int64_t branches = fixed.size(0), users = fixed.size(1), dim = fixed.size(2);
@@ -32,18 +33,10 @@ Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& bloc
   const Tensor times = floats(op, "time", time, {-1, dim});
   const int64_t steps = times.size(0);
   const Tensor table = checked(op, "coef", coef, ScalarType::Double, {steps, 3});
-  MaybeTensor even, draws, keys, samples;
+  MaybeTensor even;
   if (uniform.has_value()) even = checked(op, "uniform", *uniform, ScalarType::Bool, {users});
-  if (noise.has_value()) draws = floats(op, "noise", *noise, {-1, rows, dim});
-  if (row_key.has_value()) {
-    FASTDIFF_CHECK(sample.has_value(), op, ": sample must be given with row_key");
-    keys = checked(op, "row_key", *row_key, ScalarType::Long, {rows});
-    samples = checked(op, "sample", *sample, ScalarType::Long, {rows});
-  }
-  for (int64_t i = 0; i < steps; i++) {
-    const bool drawn = keys.has_value() || (draws.has_value() && i < draws->size(0));
-    FASTDIFF_CHECK(drawn || data<double>(table)[3 * i + 2] == 0.0, op, ": noise must hold a draw for step ", i);
-  }
+  const StepNoise draws(op, noise, row_key, sample, rows, dim);
+  draws.check_steps(steps, [&](int64_t i) { return data<double>(table)[3 * i + 2]; });
   Tensor x_0 = empty_like_with(start, {rows, dim}, ScalarType::Float);
   if (rows == 0) return x_0;
 
@@ -59,9 +52,7 @@ Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& bloc
   args.pad = data<float>(pads), args.log_pads = data<float>(counts);
   args.uniform = even.has_value() ? data<bool>(*even) : nullptr;
   args.time = data<float>(times), args.coef = data<double>(table);
-  args.noise = draws.has_value() ? data<float>(*draws) : nullptr;
-  args.row_key = keys.has_value() ? data<int64_t>(*keys) : nullptr;
-  args.sample = keys.has_value() ? data<int64_t>(*samples) : nullptr;
+  args.noise = draws.given(), args.row_key = draws.row_key(), args.sample = draws.sample();
   args.seed = static_cast<uint64_t>(seed);
   args.guidance_scale = static_cast<float>(guidance_scale), args.input_scale = static_cast<float>(input_scale);
   args.normalize = normalize;

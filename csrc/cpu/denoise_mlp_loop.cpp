@@ -1,6 +1,6 @@
 #include "denoise_mlp_loop.h"
 
-#include "../tensors.h"
+#include "../step_noise.h"
 #include "denoise_mlp_loop_layout.h"
 #include "thread_pool.h"
 
@@ -56,8 +56,6 @@ Tensor denoise_mlp_loop(const MaybeTensor& x_t, const Tensor& network, const Ten
   const MlpShape shape = shape_of_network(packed, dim);
   const int64_t hidden = shape.widths[1];
   const bool guided = uncond.has_value(), two_branches = guided && !mlp_is_linear(shape.layers, shape.norm_eps);
-  const bool keyed = row_key.has_value();
-  FASTDIFF_CHECK(keyed == sample.has_value(), op, ": row_key and sample go together");
   const Tensor conds = floats(op, "cond", cond, {-1, hidden});
   const int64_t rows = conds.size(0);
   const Tensor unconds = guided ? floats(op, "uncond", *uncond, {-1, hidden}) : conds;
@@ -68,16 +66,10 @@ Tensor denoise_mlp_loop(const MaybeTensor& x_t, const Tensor& network, const Ten
   const Tensor table = floats(op, "steps", steps_table, {-1, table_row});
   const int64_t steps = table.size(0);
   const float* const rows_of_table = data<float>(table);
-  int64_t last_noise = steps - 1;  // the last step that draws
-  while (last_noise >= 0 && rows_of_table[last_noise * table_row + kFactorNoise] == 0.0f) last_noise--;
   const Tensor start = x_t.has_value() ? floats(op, "x_t", *x_t, {rows, dim}) : conds;
-  FASTDIFF_CHECK(x_t.has_value() || keyed, op, ": x_t must be given where the noise is not drawn here");
-  const Tensor draws = noise.has_value() ? floats(op, "noise", *noise, {-1, rows, dim}) : conds;
-  FASTDIFF_CHECK(last_noise < 0 || keyed || noise.has_value(), op, ": noise must be given where c_noise is not 0");
-  FASTDIFF_CHECK(!noise.has_value() || last_noise < draws.size(0), op, ": noise must hold the draws of ",
-                 last_noise + 1, " steps (got ", shape_of(draws), ")");
-  const Tensor row_keys = keyed ? checked(op, "row_key", *row_key, ScalarType::Long, {rows}) : conds;
-  const Tensor samples = keyed ? checked(op, "sample", *sample, ScalarType::Long, {rows}) : conds;
+  const StepNoise draws(op, noise, row_key, sample, rows, dim);
+  FASTDIFF_CHECK(x_t.has_value() || draws.keyed(), op, ": x_t must be given where the noise is not drawn here");
+  draws.check_steps(steps, [&](int64_t i) { return rows_of_table[i * table_row + kFactorNoise]; });
 
   Tensor x_0 = empty_like_with(conds, {rows, dim}, ScalarType::Float);
   if (rows == 0) return x_0;
@@ -102,11 +94,11 @@ Tensor denoise_mlp_loop(const MaybeTensor& x_t, const Tensor& network, const Ten
     args.guidance_scale = static_cast<float>(guidance_scale);
     args.table = rows_of_table;
     args.steps = steps;
-    args.noise = noise.has_value() ? data<float>(draws) + first * dim : nullptr;
+    args.noise = draws.given() != nullptr ? draws.given() + first * dim : nullptr;
     args.noise_step = rows * dim;
     args.seed = static_cast<uint64_t>(seed);
-    args.row_key = keyed ? data<int64_t>(row_keys) + first : nullptr;
-    args.sample = keyed ? data<int64_t>(samples) + first : nullptr;
+    args.row_key = draws.keyed() ? draws.row_key() + first : nullptr;
+    args.sample = draws.keyed() ? draws.sample() + first : nullptr;
     args.rows = static_cast<int>(here);
     args.scratch = aligned;
     args.x_0 = mutable_data<float>(x_0) + first * dim;

@@ -1,6 +1,6 @@
 #include "sample_affine.h"
 
-#include "../tensors.h"
+#include "../step_noise.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
@@ -20,10 +20,9 @@ Tensor sample_affine(const Tensor& cond, const MaybeTensor& uncond, double guida
                  uncond_rows, ")");
   const Tensor packed = floats(op, "weights", weights, {whole * (2 * dim + 1)});
   const bool given = z.has_value();
-  FASTDIFF_CHECK(given != (row_key.has_value() && sample.has_value()), op, ": give z, or row_key and sample");
+  const StepNoise made(op, std::nullopt, row_key, sample, rows, dim);
+  FASTDIFF_CHECK(given != made.keyed(), op, ": give z, or row_key and sample");
   const Tensor draws = given ? floats(op, "z", *z, {rows, dim}) : conds;
-  const Tensor keys = given ? conds : checked(op, "row_key", *row_key, ScalarType::Long, {rows});
-  const Tensor samples = given ? conds : checked(op, "sample", *sample, ScalarType::Long, {rows});
   Tensor x_0 = empty_like_with(conds, {rows, dim}, ScalarType::Float);
   if (rows == 0) return x_0;
   const int64_t per_task =
@@ -34,8 +33,8 @@ Tensor sample_affine(const Tensor& cond, const MaybeTensor& uncond, double guida
     kernel({data<float>(packed), data<float>(conds) + first * dim,
             guided ? data<float>(unconds) + first * uncond_step : nullptr, uncond_step,
             static_cast<float>(guidance_scale), given ? data<float>(draws) + first * dim : nullptr,
-            static_cast<uint64_t>(seed), given ? nullptr : data<int64_t>(keys) + first,
-            given ? nullptr : data<int64_t>(samples) + first, static_cast<int>(std::min(per_task, rows - first)),
+            static_cast<uint64_t>(seed), given ? nullptr : made.row_key() + first,
+            given ? nullptr : made.sample() + first, static_cast<int>(std::min(per_task, rows - first)),
             static_cast<int>(dim), scratch(affine_scratch(dim)), mutable_data<float>(x_0) + first * dim});
   });
   return x_0;

@@ -115,9 +115,9 @@ def test_opcheck(coupled: bool) -> None:
     noise, keys = torch.randn(2, 10, 6), torch.arange(10)
     sizes = (3, coupled, True, 1e-5, cross, coef, False, 2, None)
     op = torch.ops.fastdiff.decode_context.default
-    torch.library.opcheck(op, (context, weights, *sizes, noise, 1, 0, None, None))
-    torch.library.opcheck(op, (context, weights, *sizes, None, 1, -5, keys, keys % 2))
+    torch.library.opcheck(op, (context, weights, *sizes, 1, noise, 0, None, None))
+    torch.library.opcheck(op, (context, weights, *sizes, 1, None, -5, keys, keys % 2))
     with pytest.raises(RuntimeError, match="decode_context: noise must hold a draw for step 1"):
-        op(context, weights, *sizes, noise[:1], 1, 0, None, None)
+        op(context, weights, *sizes, 1, noise[:1], 0, None, None)
     with pytest.raises(RuntimeError, match=r"decode_context: num_samples must be in 1 \.\. 2\^24 - 1"):
-        op(context, weights, *sizes[:-2], 2**63 - 1, None, None, 1, -5, keys, keys % 2)
+        op(context, weights, *sizes[:-2], 2**63 - 1, None, 1, None, -5, keys, keys % 2)

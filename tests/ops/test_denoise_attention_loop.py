@@ -349,8 +349,8 @@ def test_opcheck(layout: str) -> None:
             arguments["coef"],
             False,
             change(arguments["noise"].noise[1:]),
-            None,
-            None,
             0,
+            None,
+            None,
         ),
     )

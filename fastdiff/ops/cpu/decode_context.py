@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.noise import Noise, PhiloxNoise
+from fastdiff.noise import Noise
 from fastdiff.ops.cpu.packing import join, packed
 from fastdiff.ops.cpu.padded_transformer import pack_layer, pack_norm, scaled_queries
-from fastdiff.ops.cpu.philox_normals import signed
+from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.decode_context import ContextDecoder, first_step
 
 
@@ -25,18 +25,10 @@ def decode_context(
     ones are asked for before it, in the same order."""
     table = coef.tolist()
     first = first_step(table)
+    x_t = None if table[first][1] == 0 else noise.draw(0)
+    draws = step_noise(noise, coef, first)
     if first > 0:
-        table, cross, coef = table[first:], cross[first:], coef[first:]
-    x_t = None if table[0][1] == 0 else noise.draw(0)
-    given, seed, row_key, sample = None, 0, None, None
-    if isinstance(noise, PhiloxNoise):
-        seed, row_key, sample = signed(noise.seed), noise.row_key, noise.sample
-    else:
-        draws = {i: noise.draw(1 + first + i) for i, (_, _, c_noise) in enumerate(table) if c_noise}
-        if draws:
-            unread = next(iter(draws.values()))
-            places = [draws.get(i, unread) for i in range(max(draws) + 1)]
-            given = places[0].unsqueeze(0) if len(places) == 1 else torch.stack(places)
+        cross, coef = cross[first:], coef[first:]
     x_0: Tensor = torch.ops.fastdiff.decode_context.default(
         context,
         packed(decoder, _pack),
@@ -49,11 +41,8 @@ def decode_context(
         normalize,
         num_samples,
         x_t,
-        given,
         1 + first,
-        seed,
-        row_key,
-        sample,
+        *draws,
     )
     return x_0
 

@@ -30,7 +30,6 @@ def denoise_attention_loop(
             f"denoise_attention_loop: x_t must hold the same number of rows for each of the prefix's {prefix.n_users} "
             f"users (got {x_t.shape[0]} rows)"
         )
-    draws = step_noise(noise, coef)
     x_0: Tensor = torch.ops.fastdiff.denoise_attention_loop.default(
         x_t,
         packed_blocks(blocks),
@@ -48,9 +47,6 @@ def denoise_attention_loop(
         time,
         coef,
         normalize,
-        draws.given,
-        draws.row_key,
-        draws.sample,
-        draws.seed,
+        *step_noise(noise, coef),
     )
     return x_0

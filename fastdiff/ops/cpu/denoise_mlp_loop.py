@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.noise import GivenNoise, Noise, PhiloxNoise, StartNoise
+from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.ops.cpu.packing import PANEL, join, pack_linear, pack_vector, packed, padded
-from fastdiff.ops.cpu.philox_normals import signed
+from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "tanh": 3}
@@ -25,32 +25,12 @@ def denoise_mlp_loop(
     """See `fastdiff.ops.denoise_mlp_loop.denoise_mlp_loop_ref`; float32 only. Philox draws are made inside the loop,
     other ones are asked for before it, in the same order."""
     network, steps, dim = packed(sampler, _pack)
-    if not isinstance(noise, PhiloxNoise) and isinstance(noise, StartNoise):  # the usual kind is asked for first
-        x_t = noise.start if x_t is None else x_t
-        noise = noise.rest
-    given, seed = None, 0
-    row_key = sample = None
-    if isinstance(noise, PhiloxNoise):
-        seed, row_key, sample = signed(noise.seed), noise.row_key, noise.sample
-    else:
-        x_t = noise.draw(0) if x_t is None else x_t
-        given = _all_draws(noise, sampler.coef)
+    if x_t is None and not isinstance(noise, PhiloxNoise):
+        x_t = noise.draw(0)
     x_0: Tensor = torch.ops.fastdiff.denoise_mlp_loop.default(
-        x_t, network, steps, dim, cond, uncond, guidance_scale, given, seed, row_key, sample
+        x_t, network, steps, dim, cond, uncond, guidance_scale, *step_noise(noise, sampler.coef)
     )
     return x_0
-
-
-def _all_draws(noise: Noise, coef: Tensor) -> Tensor | None:
-    """The steps' draws as one tensor [up to S, R, D]; None where no step draws."""
-    steps = coef[:, 2].nonzero().flatten().tolist()
-    if not steps:
-        return None
-    if isinstance(noise, GivenNoise):
-        return noise.noise[1:]
-    draws = {step: noise.draw(1 + step) for step in steps}
-    unread = draws[steps[0]]
-    return torch.stack([draws.get(step, unread) for step in range(steps[-1] + 1)])
 
 
 def _pack(sampler: MLPSampler) -> tuple[Tensor, Tensor, int]:

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff.noise import GivenNoise, Noise, PhiloxNoise, StartNoise
+from fastdiff.ops.cpu.philox_normals import signed
 
 
-@dataclass(frozen=True)
-class StepNoise:
-    """The draws of S steps, given or to be made by the loop; neither where no step needs one.
+class StepNoise(NamedTuple):
+    """The draws of S steps, given or to be made by the loop: the last four arguments of its op.
 
-    given    [up to S, R, D] float32, the draw of step i at place i
-    row_key  [R] int64, sample [R] int64, seed (signed 64 bits): see `fastdiff.ops.philox_normals`
+    given    [up to S, R, D] float32, the draw of step i at place i; None where no step draws, or Philox does
+    seed     signed, 64 bits; row_key  [R] int64, sample [R] int64: see `fastdiff.ops.philox_normals`
     """
 
-    given: Tensor | None = None
-    row_key: Tensor | None = None
-    sample: Tensor | None = None
-    seed: int = 0
+    given: Tensor | None
+    seed: int
+    row_key: Tensor | None
+    sample: Tensor | None
 
 
-def step_noise(noise: Noise, coef: Tensor) -> StepNoise:
-    """What the steps of `coef` `[S, 3]` need of `noise`; other kinds than given and Philox are drawn here, in order."""
-    while isinstance(noise, StartNoise):
-        noise = noise.rest
-    if isinstance(noise, PhiloxNoise):
-        seed = noise.seed & 0xFFFFFFFFFFFFFFFF
-        return StepNoise(None, noise.row_key, noise.sample, seed - (seed >> 63 << 64))
+def step_noise(noise: Noise, coef: Tensor, first: int = 0) -> StepNoise:
+    """What the steps of `coef` `[S, 3]` from number `first` on need of `noise`: draws 1 + first, 2 + first, ...
+
+    Other kinds than given and Philox are drawn here, in the order of the steps; x_T comes before them.
+    """
+    if isinstance(noise, PhiloxNoise):  # the usual kind is asked for first
+        return StepNoise(None, signed(noise.seed), noise.row_key, noise.sample)
+    if isinstance(noise, StartNoise):
+        return step_noise(noise.rest, coef, first)
+    steps = coef[first:, 2].nonzero().flatten().tolist()
+    if not steps:
+        return StepNoise(None, 0, None, None)
     if isinstance(noise, GivenNoise):
-        return StepNoise(noise.noise[1:])
-    factors = coef[:, 2].tolist()
-    draws = {i: noise.draw(1 + i) for i, factor in enumerate(factors) if factor}
-    if not draws:
-        return StepNoise()
-    unread = next(iter(draws.values()))
-    return StepNoise(torch.stack([draws.get(i, unread) for i in range(len(factors))]))
+        return StepNoise(noise.noise[1 + first :], 0, None, None)
+    draws = {step: noise.draw(1 + first + step) for step in steps}
+    unread = draws[steps[0]]
+    given = torch.stack([draws.get(step, unread) for step in range(steps[-1] + 1)])
+    return StepNoise(given, 0, None, None)
