@@ -5,70 +5,13 @@
 #include "../cpu/causal_history.h"
 #include "../cpu/denoise_attention_loop.h"
 #include "../cpu/thread_pool.h"
-#include "check.h"
+#include "layers.h"
 
 namespace fastdiff {
 namespace tests {
 namespace {
 
-using Row = std::vector<double>;
-using Rows = std::vector<Row>;
-
-// --- a block, packed and in double ----------------------------------------------------------------------------------
-
-struct Dense {
-  int n_in, n_out;
-  std::vector<float> weight, bias;  // [n_out][n_in]
-
-  Dense(Draws& draws, int n_in, int n_out)
-      : n_in(n_in),
-        n_out(n_out),
-        weight(draws.normals(int64_t{1} * n_in * n_out, 0.8 / std::sqrt(n_in))),
-        bias(draws.normals(n_out, 0.3)) {}
-
-  Row operator()(const Row& x) const {
-    Row y(bias.begin(), bias.end());
-    for (int o = 0; o < n_out; o++) {
-      for (int i = 0; i < n_in; i++) y[o] += static_cast<double>(weight[o * n_in + i]) * x[i];
-    }
-    return y;
-  }
-
-  void pack(std::vector<float>& to) const {
-    for (int first = 0; first < n_out; first += kPanel) {
-      for (int i = 0; i < n_in; i++) {
-        for (int o = first; o < first + kPanel; o++) to.push_back(o < n_out ? weight[o * n_in + i] : 0.0f);
-      }
-    }
-    for (int o = 0; o < padded(n_out); o++) to.push_back(o < n_out ? bias[o] : 0.0f);
-  }
-};
-
-struct Norm {
-  std::vector<float> weight, bias;
-
-  Norm(Draws& draws, int dim) : weight(draws.normals(dim, 0.3)), bias(draws.normals(dim, 0.3)) {
-    for (float& w : weight) w += 1.0f;
-  }
-
-  Row operator()(const Row& x, double eps) const {
-    const double n = static_cast<double>(x.size());
-    double mean = 0, squares = 0;
-    for (const double v : x) mean += v / n;
-    for (const double v : x) squares += (v - mean) * (v - mean) / n;
-    Row y(x.size());
-    for (size_t i = 0; i < x.size(); i++) y[i] = (x[i] - mean) / std::sqrt(squares + eps) * weight[i] + bias[i];
-    return y;
-  }
-
-  void pack(std::vector<float>& to) const {
-    for (const auto& part : {weight, bias}) {
-      for (int i = 0; i < padded(static_cast<int>(part.size())); i++) {
-        to.push_back(i < static_cast<int>(part.size()) ? part[i] : 0.0f);
-      }
-    }
-  }
-};
+// --- a block, packed and in double ------------------------------------------------------------------------------------
 
 struct BlockInDouble {
   int heads;
@@ -85,15 +28,15 @@ struct BlockInDouble {
         norm_1(draws, shape.dim),
         norm_2(draws, shape.dim) {}
 
-  std::vector<float> packed() const {
-    std::vector<float> all;
-    qkv.pack(all), out.pack(all), norm_1.pack(all), up.pack(all), down.pack(all), norm_2.pack(all);
+  Floats packed() const {
+    Floats all;
+    pack(all, qkv), pack(all, out), pack(all, norm_1), pack(all, up), pack(all, down), pack(all, norm_2);
     return all;
   }
 
   // keys: rows [key, value]; how many equal ones each stands for
   Row attend(const Row& query, const Rows& keys, const Row& counts, bool even) const {
-    const int dim = out.n_in, width = dim / heads;
+    const int dim = static_cast<int>(out.n_in), width = dim / heads;
     Row gathered(dim, 0.0);
     for (int h = 0; h < heads; h++) {
       Row logits(keys.size(), 0.0);
@@ -124,10 +67,6 @@ struct BlockInDouble {
   }
 };
 
-Row row_of(const std::vector<float>& values, int64_t row, int64_t width) {
-  return Row(values.begin() + row * width, values.begin() + (row + 1) * width);
-}
-
 // --- the loop -------------------------------------------------------------------------------------------------------
 
 void check_loop(int heads, int width, const std::vector<int64_t>& slots, int branches, int samples, bool philox) {
@@ -139,20 +78,20 @@ void check_loop(int heads, int width, const std::vector<int64_t>& slots, int bra
   for (const int64_t n : slots) starts.push_back(starts.back() + n);
 
   std::vector<BlockInDouble> blocks;
-  std::vector<std::vector<float>> packed;
+  std::vector<Floats> packed;
   for (int layer = 0; layer < n_blocks; layer++) {
     blocks.emplace_back(draws, shape);
     packed.push_back(blocks.back().packed());
     EXPECT(static_cast<int64_t>(packed.back().size()) == block_floats(shape), "a packed block's size");
   }
   const float* const pointers[] = {packed[0].data(), packed[1].data()};
-  const std::vector<float> x_t = draws.normals(rows * dim), cond = draws.normals(branches * users * dim);
-  const std::vector<float> cache = draws.normals(n_blocks * branches * starts.back() * 2 * dim);
-  const std::vector<float> pad = draws.normals(n_blocks * branches * 2 * dim), time = draws.normals(steps * dim);
-  const std::vector<float> noise = draws.normals(steps * rows * dim);
+  const Floats x_t = draws.normals(rows * dim), cond = draws.normals(branches * users * dim);
+  const Floats cache = draws.normals(n_blocks * branches * starts.back() * 2 * dim);
+  const Floats pad = draws.normals(n_blocks * branches * 2 * dim), time = draws.normals(steps * dim);
+  const Floats noise = draws.normals(steps * rows * dim);
   std::vector<double> coef = {0.5, 0.4, 0.3, 0.7, 0.0, philox ? 0.0 : 0.2, 1.0, 0.3, 0.0};
   if (philox) coef[2] = 0.0;  // the numbers have a test of their own
-  std::vector<float> log_pads;
+  Floats log_pads;
   const std::unique_ptr<bool[]> uniform(new bool[static_cast<size_t>(users)]);
   for (int64_t user = 0; user < users; user++) {
     log_pads.push_back(std::log(static_cast<float>(user % 3)));
@@ -206,13 +145,13 @@ void check_loop(int heads, int width, const std::vector<int64_t>& slots, int bra
   }
 
   const std::string what = "loop, " + std::to_string(heads) + " heads of " + std::to_string(width);
-  std::vector<float> whole(rows * dim, kNaN), parts(rows * dim, kNaN);
-  for (std::vector<float>* x_0 : {&whole, &parts}) {
+  Floats whole(rows * dim, kNaN), parts(rows * dim, kNaN);
+  for (Floats* x_0 : {&whole, &parts}) {
     args.x_0 = x_0->data();
     const int64_t some = x_0 == &whole ? rows : 2, tasks = (rows + some - 1) / some;
     parallel(3, tasks, [&](int64_t task) {
       const int64_t first = task * some, last = std::min(rows, first + some);
-      std::vector<float> room(attention_loop_floats(args, first, last), kNaN);
+      Floats room(attention_loop_floats(args, first, last), kNaN);
       FASTDIFF_PICK(denoise_attention_loop)(args, first, last, room.data());
     });
   }
@@ -239,7 +178,7 @@ void check_history(int heads, int width, const std::vector<int64_t>& lengths, in
   const int64_t rows = starts.back();
 
   std::vector<BlockInDouble> blocks;
-  std::vector<std::vector<float>> packed;
+  std::vector<Floats> packed;
   std::vector<const float*> pointers;
   for (int layer = 0; layer < n_blocks; layer++) {
     blocks.emplace_back(draws, shape);
@@ -247,13 +186,13 @@ void check_history(int heads, int width, const std::vector<int64_t>& lengths, in
   }
   for (const auto& block : packed) pointers.push_back(block.data());
   const Norm norm(draws, dim);
-  std::vector<float> packed_norm;
-  norm.pack(packed_norm);
-  const std::vector<float> table = draws.normals(n_items * dim), time = draws.normals(dim);
-  const std::vector<float> pads = draws.normals(n_blocks * passes * 2 * dim);
-  const std::vector<float> condition = draws.normals(all_starts.back() * dim);
+  Floats packed_norm;
+  pack(packed_norm, norm);
+  const Floats table = draws.normals(n_items * dim), time = draws.normals(dim);
+  const Floats pads = draws.normals(n_blocks * passes * 2 * dim);
+  const Floats condition = draws.normals(all_starts.back() * dim);
   std::vector<int64_t> items(users * longest, -1);
-  std::vector<float> log_pads;
+  Floats log_pads;
   for (int64_t user = 0; user < users; user++) {
     for (int64_t i = 0; i < lengths[user]; i++) items[user * longest + i] = draws.below(n_items);
     log_pads.push_back(std::log(static_cast<float>(user % 3)));
@@ -314,13 +253,13 @@ void check_history(int heads, int width, const std::vector<int64_t>& lengths, in
   }
 
   const std::string what = "history, " + std::to_string(heads) + " heads of " + std::to_string(width);
-  std::vector<std::vector<float>> results;
+  std::vector<Floats> results;
   for (const int64_t tiles : {1, 2, 5}) {
-    std::vector<float> made_rows(want_rows.size(), kNaN), last(want_last.size(), 0.0f), keys(want_keys.size(), kNaN);
+    Floats made_rows(want_rows.size(), kNaN), last(want_last.size(), 0.0f), keys(want_keys.size(), kNaN);
     args.rows = kind == Kind::rows ? made_rows.data() : nullptr;
     args.last = kind == Kind::prefix ? nullptr : last.data();
     args.keys_values = kind == Kind::prefix ? keys.data() : nullptr;
-    std::vector<std::vector<float>> x(passes), even(passes), odd(passes);
+    std::vector<Floats> x(passes), even(passes), odd(passes);
     for (int pass = 0; pass < passes; pass++) {
       x[pass].assign(rows * shape.step(), kNaN);
       even[pass].assign(rows * shape.qkv_step(), kNaN), odd[pass] = even[pass];
@@ -335,7 +274,7 @@ void check_history(int heads, int width, const std::vector<int64_t>& lengths, in
         while (tile.last_user < users && starts[tile.last_user] < tile.last_row) tile.last_user++;
         tile.x = x[tile.pass].data();
         tile.qkv = (stage % 2 ? odd : even)[tile.pass].data(), tile.seen = (stage % 2 ? even : odd)[tile.pass].data();
-        std::vector<float> room(causal_stage_floats(args, tile.last_row - tile.first_row, longest), kNaN);
+        Floats room(causal_stage_floats(args, tile.last_row - tile.first_row, longest), kNaN);
         FASTDIFF_PICK(causal_stage)(args, tile, stage, room.data());
       });
     }

@@ -3,49 +3,11 @@
 
 #include "../cpu/decode_context.h"
 #include "../cpu/encode_padded_history.h"
-#include "check.h"
+#include "layers.h"
 
 namespace fastdiff {
 namespace tests {
 namespace {
-
-using Row = std::vector<double>;
-using Rows = std::vector<Row>;
-
-struct Dense {
-  int n_in, n_out;
-  std::vector<float> weight, bias;  // [n_out][n_in]
-
-  Dense(Draws& draws, int n_in, int n_out)
-      : n_in(n_in),
-        n_out(n_out),
-        weight(draws.normals(int64_t{1} * n_in * n_out, 1.5 / std::sqrt(n_in))),
-        bias(draws.normals(n_out, 0.3)) {}
-
-  Row operator()(const Row& x) const {
-    Row y(static_cast<size_t>(n_out));
-    for (int o = 0; o < n_out; o++) {
-      y[o] = bias[o];
-      for (int i = 0; i < n_in; i++) y[o] += static_cast<double>(weight[o * n_in + i]) * x[i];
-    }
-    return y;
-  }
-};
-
-struct Scale {
-  std::vector<float> weight, bias;
-
-  Scale(Draws& draws, int dim) : weight(draws.normals(dim, 0.3)), bias(draws.normals(dim, 0.3)) {
-    for (float& w : weight) w += 1.0f;
-  }
-  Row operator()(Row x, double eps) const {
-    double mean = 0, square = 0;
-    for (const double v : x) mean += v / x.size();
-    for (const double v : x) square += (v - mean) * (v - mean) / x.size();
-    for (size_t i = 0; i < x.size(); i++) x[i] = (x[i] - mean) / std::sqrt(square + eps) * weight[i] + bias[i];
-    return x;
-  }
-};
 
 Row operator+(Row a, const Row& b) {
   for (size_t i = 0; i < a.size(); i++) a[i] += b[i];
@@ -78,37 +40,8 @@ Row attend(const Row& query, const Rows& keys, const Rows& values, int heads) {
   return gathered;
 }
 
-// --- packing, as fastdiff/ops/cpu/packing.py does it -----------------------------------------------------------------
-
-void pack(std::vector<float>& to, const std::vector<float>& weight, int n_in, int n_out, double factor = 1.0) {
-  const size_t at = to.size();
-  to.resize(at + static_cast<size_t>(padded(n_out)) * n_in, 0.0f);
-  for (int o = 0; o < n_out; o++) {
-    for (int i = 0; i < n_in; i++) {
-      to[at + (static_cast<size_t>(o / kPanel) * n_in + i) * kPanel + o % kPanel] =
-          static_cast<float>(factor * weight[o * n_in + i]);
-    }
-  }
-}
-
-void pack(std::vector<float>& to, const std::vector<float>& vector, double factor = 1.0) {
-  const size_t at = to.size();
-  to.resize(at + padded(static_cast<int>(vector.size())), 0.0f);
-  for (size_t i = 0; i < vector.size(); i++) to[at + i] = static_cast<float>(factor * vector[i]);
-}
-
-void pack(std::vector<float>& to, const Dense& layer, double factor = 1.0) {
-  pack(to, layer.weight, layer.n_in, layer.n_out, factor);
-  pack(to, layer.bias, factor);
-}
-
-void pack(std::vector<float>& to, const Scale& norm) {
-  pack(to, norm.weight);
-  pack(to, norm.bias);
-}
-
-void pack_joined(std::vector<float>& to, const Dense& query, const Dense& key, const Dense& value, double factor) {
-  std::vector<float> weight, bias;
+void pack_joined(Floats& to, const Dense& query, const Dense& key, const Dense& value, double factor) {
+  Floats weight, bias;
   for (const Dense* layer : {&query, &key, &value}) {
     const double by = layer == &query ? factor : 1.0;
     for (const float w : layer->weight) weight.push_back(static_cast<float>(by * w));
@@ -131,15 +64,11 @@ class Room {
   float* memory_;
 };
 
-Row row_of(const std::vector<float>& table, int64_t row, int dim) {
-  return Row(table.begin() + row * dim, table.begin() + (row + 1) * dim);
-}
-
 // --- the encoder -----------------------------------------------------------------------------------------------------
 
 struct EncoderLayer {
   Dense query, key, value, out, up, down;
-  Scale norm_1, norm_2;
+  Norm norm_1, norm_2;
 
   EncoderLayer(Draws& draws, int dim, int hidden)
       : query(draws, dim, dim),
@@ -163,9 +92,9 @@ void encode(int dim, int heads, int hidden, int layers, int window, bool gelu, i
   Draws draws(static_cast<uint64_t>(dim * 1000 + window));
   std::vector<EncoderLayer> blocks;
   for (int i = 0; i < layers; i++) blocks.emplace_back(draws, dim, hidden);
-  const Scale norm(draws, dim);
-  const std::vector<float> table = draws.normals(kRows * dim), positions = draws.normals(int64_t{1} * window * dim);
-  const std::vector<float> empty = draws.normals(dim);
+  const Norm norm(draws, dim);
+  const Floats table = draws.normals(kRows * dim), positions = draws.normals(int64_t{1} * window * dim);
+  const Floats empty = draws.normals(dim);
   std::vector<int64_t> items, lengths;
   for (int64_t user = 0; user < users; user++) {
     lengths.push_back(user % (window + 1));
@@ -199,19 +128,19 @@ void encode(int dim, int heads, int hidden, int layers, int window, bool gelu, i
     want.insert(want.end(), context.begin(), context.end());
   }
 
-  std::vector<std::vector<float>> packed(blocks.size());
+  std::vector<Floats> packed(blocks.size());
   std::vector<const float*> pointers;
   const int width = dim / heads;
   const double factor = 1.0 / std::sqrt(static_cast<double>(width));
   for (size_t i = 0; i < blocks.size(); i++) {
     const EncoderLayer& block = blocks[i];
-    std::vector<float>& to = packed[i];
+    Floats& to = packed[i];
     if (i + 1 < blocks.size()) {
       pack_joined(to, block.query, block.key, block.value, factor);
     } else {
       pack(to, block.query, factor);
       for (int head = 0; head < heads; head++) {
-        std::vector<float> turned;
+        Floats turned;
         for (int o = 0; o < dim; o++) {
           for (int d = 0; d < width; d++) turned.push_back(block.key.weight[(head * width + d) * dim + o]);
         }
@@ -219,15 +148,15 @@ void encode(int dim, int heads, int hidden, int layers, int window, bool gelu, i
       }
       for (int head = 0; head < heads; head++) {
         const auto rows = block.value.weight.begin() + head * width * dim;
-        pack(to, std::vector<float>(rows, rows + width * dim), dim, width);
-        pack(to, std::vector<float>(block.value.bias.begin() + head * width,
+        pack(to, Floats(rows, rows + width * dim), dim, width);
+        pack(to, Floats(block.value.bias.begin() + head * width,
                                     block.value.bias.begin() + (head + 1) * width));
       }
     }
     pack(to, block.out), pack(to, block.norm_1), pack(to, block.up), pack(to, block.down), pack(to, block.norm_2);
   }
   for (const auto& block : packed) pointers.push_back(block.data());
-  std::vector<float> norm_weight, norm_bias, context(static_cast<size_t>(users * dim), kNaN);
+  Floats norm_weight, norm_bias, context(static_cast<size_t>(users * dim), kNaN);
   pack(norm_weight, norm.weight), pack(norm_bias, norm.bias);
   PaddedHistoryArgs args{};
   args.items = items.data(), args.lengths = lengths.data(), args.width = window, args.window = window, args.pad_id = 0;
@@ -253,12 +182,12 @@ void decode(int dim, int heads, bool coupled, bool gelu, int64_t users, int64_t 
   Draws draws(static_cast<uint64_t>(dim * 100 + users));
   const Dense query(draws, dim, dim), key(draws, dim, dim), value(draws, dim, dim), out(draws, dim, dim);
   const Dense linear_1(draws, dim, dim), linear_2(draws, dim, dim);
-  const Scale norm_1(draws, dim), norm_2(draws, dim), norm_3(draws, dim);
+  const Norm norm_1(draws, dim), norm_2(draws, dim), norm_3(draws, dim);
   const double coef[] = {0.8, philox ? 0.0 : 0.3, 0.0, 0.7, -0.2, philox ? 0.5 : 0.25};
   constexpr int kSteps = 2;
   const int64_t rows = users * samples;
-  const std::vector<float> context = draws.normals(users * dim), cross = draws.normals(kSteps * dim);
-  const std::vector<float> x_t = draws.normals(rows * dim), noise = draws.normals(kSteps * rows * dim);
+  const Floats context = draws.normals(users * dim), cross = draws.normals(kSteps * dim);
+  const Floats x_t = draws.normals(rows * dim), noise = draws.normals(kSteps * rows * dim);
 
   Rows keys, values;
   for (int64_t user = 0; user < users; user++) {
@@ -282,7 +211,7 @@ void decode(int dim, int heads, bool coupled, bool gelu, int64_t users, int64_t 
     want.insert(want.end(), x.begin(), x.end());
   }
 
-  std::vector<float> weights;
+  Floats weights;
   const double factor = 1.0 / std::sqrt(static_cast<double>(dim / heads));
   if (coupled) {
     pack_joined(weights, query, key, value, factor);
@@ -292,9 +221,9 @@ void decode(int dim, int heads, bool coupled, bool gelu, int64_t users, int64_t 
   pack(weights, out), pack(weights, norm_1), pack(weights, linear_1), pack(weights, linear_2);
   pack(weights, norm_2), pack(weights, norm_3);
   const KeyPanels panels = {nullptr, nullptr, heads, dim / heads, static_cast<int>(users)};
-  std::vector<float> queries(coupled ? users * padded(3 * dim) : 0, kNaN),
+  Floats queries(coupled ? users * padded(3 * dim) : 0, kNaN),
       key_panels(coupled ? panels.key_floats() : 0, kNaN);
-  std::vector<float> value_panels(coupled ? panels.value_floats() : 0, kNaN), x_0(rows * dim, kNaN);
+  Floats value_panels(coupled ? panels.value_floats() : 0, kNaN), x_0(rows * dim, kNaN);
   std::vector<int64_t> row_key, sample;
   for (int64_t row = 0; row < rows; row++) row_key.push_back(row * 7919 - 3), sample.push_back(row % samples);
   ContextArgs args{};
@@ -306,7 +235,7 @@ void decode(int dim, int heads, bool coupled, bool gelu, int64_t users, int64_t 
   args.x_t = coef[1] == 0.0 ? nullptr : x_t.data();
   args.noise = philox ? nullptr : noise.data();
   args.row_key = philox ? row_key.data() : nullptr, args.sample = sample.data(), args.seed = 5, args.first_draw = 1;
-  const auto run = [&](std::vector<float>& to) {
+  const auto run = [&](Floats& to) {
     args.x_0 = to.data();
     if (coupled) {
       FASTDIFF_PICK(clear_context)(args);
@@ -323,7 +252,7 @@ void decode(int dim, int heads, bool coupled, bool gelu, int64_t users, int64_t 
   };
   run(x_0);
   if (philox) {  // its numbers are another test's: here, what stays when a second run draws the same is the rest
-    std::vector<float> again(x_0.size(), kNaN);
+    Floats again(x_0.size(), kNaN);
     run(again);
     double squares = 0;
     for (size_t i = 0; i < x_0.size(); i++) {

@@ -10,16 +10,11 @@
 #include "../cpu/row_linear.h"
 #include "../cpu/sample_affine.h"
 #include "../cpu/vecmath.h"
-#include "check.h"
+#include "layers.h"
 
 namespace fastdiff {
 namespace tests {
 namespace {
-
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-int64_t up(int64_t n) { return (n + 15) / 16 * 16; }
 
 // --- functions, as this file's own level has them ---------------------------------------------------------------------
 
@@ -119,7 +114,7 @@ void philox(int rows, int dim) {
   const Keys keys(draws, rows);
   const uint64_t seed = draws.word();
   Floats normals(static_cast<size_t>(rows) * dim, kNaN);
-  Doubles want(normals.size());
+  Row want(normals.size());
   const uint32_t draw = 0xFFFFFFFFu - static_cast<uint32_t>(dim);
   FASTDIFF_PICK(philox_normals)({seed, keys.row_key.data(), keys.sample.data(), draw, rows, dim, normals.data()});
   for (int row = 0; row < rows; row++) {
@@ -128,64 +123,19 @@ void philox(int rows, int dim) {
   expect_close(normals, want, 1e-6, "philox_normals " + std::to_string(rows) + " x " + std::to_string(dim));
 }
 
-// --- layers -----------------------------------------------------------------------------------------------------------
-
-struct Layer {
-  int64_t n_in, n_out;
-  Floats weight, bias;
-
-  Layer(Draws& draws, int64_t n_in, int64_t n_out)
-      : n_in(n_in), n_out(n_out), weight(draws.normals(n_out * n_in, 1.0 / std::sqrt(static_cast<double>(n_in)))),
-        bias(draws.normals(n_out, 0.3)) {}
-
-  Doubles operator()(const Doubles& x, bool with_bias = true) const {
-    Doubles y(static_cast<size_t>(n_out));
-    for (int64_t o = 0; o < n_out; o++) {
-      y[o] = with_bias ? bias[o] : 0.0;
-      for (int64_t i = 0; i < n_in; i++) y[o] += static_cast<double>(weight[o * n_in + i]) * x[i];
-    }
-    return y;
-  }
-};
-
-// [n_out / 16][n_in][16] of the inputs first .. last - 1
-void pack_panels(const Layer& layer, int64_t first, int64_t last, Floats& to) {
-  for (int64_t panel = 0; panel < up(layer.n_out); panel += 16) {
-    for (int64_t i = first; i < last; i++) {
-      for (int64_t o = panel; o < panel + 16; o++) to.push_back(o < layer.n_out ? layer.weight[o * layer.n_in + i] : 0.0f);
-    }
-  }
-}
-
-void pack_vector(const Floats& values, Floats& to) {
-  for (size_t i = 0; i < static_cast<size_t>(up(static_cast<int64_t>(values.size()))); i++) {
-    to.push_back(i < values.size() ? values[i] : 0.0f);
-  }
-}
-
-Doubles row_of(const Floats& values, int64_t row, int64_t dim) {
-  return Doubles(values.begin() + row * dim, values.begin() + (row + 1) * dim);
-}
-
-Doubles norm_of(Doubles x, const Floats& weight, const Floats& bias, double eps) {
-  double mean = 0, variance = 0;
-  for (const double value : x) mean += value / static_cast<double>(x.size());
-  for (const double value : x) variance += (value - mean) * (value - mean) / static_cast<double>(x.size());
-  for (size_t i = 0; i < x.size(); i++) x[i] = (x[i] - mean) / std::sqrt(variance + eps) * weight[i] + bias[i];
-  return x;
-}
+// --- layers ----------------------------------------------------------------------------------------------------------
 
 void one_layer(int64_t rows, int64_t n_in, int64_t n_out) {
   Draws draws(static_cast<uint64_t>(rows * 10000 + n_in * 100 + n_out));
-  const Layer layer(draws, n_in, n_out);
+  const Dense layer(draws, n_in, n_out);
   Floats packed, bias;
-  pack_panels(layer, 0, n_in, packed);
-  pack_vector(layer.bias, bias);
+  pack(packed, layer.weight, n_in, n_out);
+  pack(bias, layer.bias);
   const Floats x = draws.normals(rows * n_in);
   Floats y(static_cast<size_t>(rows * n_out), kNaN), scratch(static_cast<size_t>(kLinearRows * up(n_out)), kNaN);
   FASTDIFF_PICK(row_linear)({x.data(), packed.data(), bias.data(), rows, static_cast<int>(n_in), static_cast<int>(n_out),
                              n_out % 16 ? scratch.data() : nullptr, y.data()});
-  Doubles want;
+  Row want;
   for (int64_t row = 0; row < rows; row++) {
     for (const double value : layer(row_of(x, row, n_in))) want.push_back(value);
   }
@@ -194,11 +144,10 @@ void one_layer(int64_t rows, int64_t n_in, int64_t n_out) {
 
 void affine(int rows, int dim, bool given, bool guided) {
   Draws draws(static_cast<uint64_t>(rows * 1000 + dim));
-  const Layer gain(draws, dim, dim), factor(draws, dim, dim);
+  const Dense gain(draws, dim, dim), factor(draws, dim, dim);
   Floats packed;
-  pack_panels(gain, 0, dim, packed);
-  pack_vector(gain.bias, packed);
-  pack_panels(factor, 0, dim, packed);
+  pack(packed, gain);
+  pack(packed, factor.weight, dim, dim);
   const Floats cond = draws.normals(rows * dim), z = draws.normals(rows * dim), uncond = draws.normals(dim);
   const Keys keys(draws, rows);
   Floats x_0(static_cast<size_t>(rows * dim), kNaN);
@@ -206,13 +155,13 @@ void affine(int rows, int dim, bool given, bool guided) {
   FASTDIFF_PICK(sample_affine)({packed.data(), cond.data(), guided ? uncond.data() : nullptr, 0, 1.7f,
                                 given ? z.data() : nullptr, 17, keys.row_key.data(), keys.sample.data(), rows, dim,
                                 scratch.data(), x_0.data()});
-  Doubles want;
+  Row want;
   for (int row = 0; row < rows; row++) {
-    Doubles draw = row_of(z, row, dim);
+    Row draw = row_of(z, row, dim);
     for (int i = 0; !given && i < dim; i++) draw[i] = philox_normal(17, keys.row_key[row], keys.sample[row], 0, i);
-    Doubles c = row_of(cond, row, dim);
+    Row c = row_of(cond, row, dim);
     for (int i = 0; guided && i < dim; i++) c[i] = uncond[i] + 1.7 * (c[i] - uncond[i]);
-    const Doubles a = gain(c), b = factor(draw, false);
+    const Row a = gain(c), b = factor(draw, false);
     for (int i = 0; i < dim; i++) want.push_back(a[i] + b[i]);
   }
   expect_close(x_0, want, 3e-6, "sample_affine");
@@ -243,23 +192,22 @@ void loop(const Loop& c) {
   widths.push_back(c.dim);
   const int layers = static_cast<int>(widths.size()) - 2;
   const int64_t h = widths[1];
-  const Layer first(draws, c.dim, h);
-  std::vector<Layer> further;
+  const Dense first(draws, c.dim, h);
+  std::vector<Dense> further;
   Floats packed;
-  pack_panels(first, 0, mlp_split(c.dim), packed);
-  pack_panels(first, mlp_split(c.dim), c.dim, packed);
+  pack_inputs(packed, first.weight, c.dim, h, 0, mlp_split(c.dim));
+  pack_inputs(packed, first.weight, c.dim, h, mlp_split(c.dim), c.dim);
   for (int i = 0; i < layers; i++) {
     further.emplace_back(draws, widths[i + 1], widths[i + 2]);
-    pack_panels(further.back(), 0, widths[i + 1], packed);
-    pack_vector(further.back().bias, packed);
+    pack(packed, further.back());
   }
-  const Floats norm_weight = draws.normals(c.dim), norm_bias = draws.normals(c.dim);
-  if (c.norm) pack_vector(norm_weight, packed), pack_vector(norm_bias, packed);
+  const Norm norm(draws, c.dim);
+  if (c.norm) pack(packed, norm);
   const Floats x_t = draws.normals(c.rows * c.dim), cond = draws.normals(c.rows * h), time = draws.normals(c.steps * h);
   const Floats uncond = draws.normals((c.shared ? 1 : c.rows) * h);
   const Floats noise = draws.normals(c.steps * c.rows * c.dim);
   const Keys keys(draws, c.rows);
-  Doubles coef;
+  Row coef;
   Floats table;
   for (int64_t i = 0; i < c.steps; i++) {
     for (const double scale : {0.5, 0.4, 0.3}) coef.push_back(scale * draws.uniform());
@@ -269,7 +217,7 @@ void loop(const Loop& c) {
     factors[kSphereBefore] = c.before ? 1.0f : 0.0f;
     factors[kSphereAfter] = c.normalize ? 1.0f : 0.0f;
     table.insert(table.end(), factors.begin(), factors.end());
-    pack_vector(Floats(time.begin() + i * h, time.begin() + (i + 1) * h), table);
+    pack(table, Floats(time.begin() + i * h, time.begin() + (i + 1) * h));
   }
 
   Floats x_0(static_cast<size_t>(c.rows * c.dim), kNaN);
@@ -298,12 +246,12 @@ void loop(const Loop& c) {
   args.x_0 = x_0.data();
   FASTDIFF_PICK(denoise_mlp_loop)(args);
 
-  Doubles want;
+  Row want;
   for (int row = 0; row < c.rows; row++) {
     const auto draw = [&](int64_t number, int i) {
       return philox_normal(99, keys.row_key[row], keys.sample[row], static_cast<uint32_t>(number), i);
     };
-    Doubles x = row_of(x_t, row, c.dim);
+    Row x = row_of(x_t, row, c.dim);
     for (int i = 0; !c.start && i < c.dim; i++) x[i] = draw(0, i);
     const auto onto_sphere = [&] {
       double squares = 0;
@@ -313,17 +261,17 @@ void loop(const Loop& c) {
     for (int64_t step = 0; step < c.steps; step++) {
       if (c.before) onto_sphere();
       const auto network = [&](const Floats& share, int64_t share_row) {
-        Doubles y = first(x, false);
+        Row y = first(x, false);
         for (int64_t i = 0; i < h; i++) y[i] += static_cast<double>(share[share_row * h + i]) + time[step * h + i];
-        for (const Layer& layer : further) {
+        for (const Dense& layer : further) {
           for (double& value : y) value = activate(c.activation, value);
           y = layer(y);
         }
-        return c.norm ? norm_of(y, norm_weight, norm_bias, 1e-5) : y;
+        return c.norm ? norm(y, 1e-5) : y;
       };
-      Doubles output = network(cond, row);
+      Row output = network(cond, row);
       if (c.guided) {
-        const Doubles null = network(uncond, c.shared ? 0 : row);
+        const Row null = network(uncond, c.shared ? 0 : row);
         for (int i = 0; i < c.dim; i++) output[i] = null[i] + 1.7 * (output[i] - null[i]);
       }
       for (int i = 0; i < c.dim; i++) {
@@ -341,38 +289,43 @@ void loop(const Loop& c) {
 
 // --- the encoders -----------------------------------------------------------------------------------------------------
 
+struct Histories {
+  std::vector<int64_t> items, lengths;
+
+  Histories(Draws& draws, int rows, int64_t places, int64_t table_rows) {
+    for (int row = 0; row < rows; row++) {
+      lengths.push_back(draws.below(places + 1));
+      for (int64_t place = 0; place < places; place++) {
+        items.push_back(place < lengths[row] ? draws.below(table_rows) : -12345);  // what stands behind is not read
+      }
+    }
+  }
+};
+
 void encode(int rows, int dim, int64_t places, int outputs = 0) {
   Draws draws(static_cast<uint64_t>(rows * 1000 + dim));
   const int window = 9;
   const int64_t table_rows = 30, pad = 4;
-  std::vector<Layer> layers;
-  std::vector<Floats> norms;
+  std::vector<Dense> layers;
+  std::vector<Norm> norms;
   Floats packed;
   for (int i = 0; i < 4; i++) {
     layers.emplace_back(draws, dim, dim);
-    pack_panels(layers.back(), 0, dim, packed);
-    pack_vector(layers.back().bias, packed);
+    pack(packed, layers.back());
   }
   if (outputs > 0) {
     layers.emplace_back(draws, dim, outputs);
-    pack_panels(layers.back(), 0, dim, packed);
-    pack_vector(layers.back().bias, packed);
+    pack(packed, layers.back());
   }
-  for (int i = 0; i < 8; i++) {
-    norms.push_back(draws.normals(dim));
-    pack_vector(norms.back(), packed);
+  for (int i = 0; i < 4; i++) {
+    norms.emplace_back(draws, dim);
+    pack(packed, norms.back());
   }
   const Floats positions = draws.normals(window * dim), table = draws.normals(table_rows * dim);
   for (int place = 0; place < window; place++) {
-    pack_vector(Floats(positions.begin() + place * dim, positions.begin() + (place + 1) * dim), packed);
+    pack(packed, Floats(positions.begin() + place * dim, positions.begin() + (place + 1) * dim));
   }
-  std::vector<int64_t> items, lengths;
-  for (int row = 0; row < rows; row++) {
-    lengths.push_back(draws.below(places + 1));
-    for (int64_t place = 0; place < places; place++) {
-      items.push_back(place < lengths[row] ? draws.below(table_rows) : -12345);  // what stands behind is not read
-    }
-  }
+  auto [items, lengths] = Histories(draws, rows, places, table_rows);
   Floats h(static_cast<size_t>(rows * (outputs > 0 ? outputs : dim)), kNaN);
   Floats scratch(static_cast<size_t>(encode_scratch(dim, places, outputs)), kNaN);
   const EncodeLastItemArgs args = {items.data(),  lengths.data(), places, table.data(),   table_rows, packed.data(),
@@ -380,21 +333,21 @@ void encode(int rows, int dim, int64_t places, int outputs = 0) {
                                    scratch.data(), h.data()};
   EXPECT(FASTDIFF_PICK(encode_last_item)(args), "the items are rows of the table");
 
-  Doubles want;
+  Row want;
   for (int row = 0; row < rows; row++) {
-    std::vector<Doubles> e;
+    std::vector<Row> e;
     for (int64_t place = 0; place < lengths[row]; place++) {
       const int64_t item = items[row * places + place];
-      Doubles here(static_cast<size_t>(dim), 0.0);
+      Row here(static_cast<size_t>(dim), 0.0);
       for (int i = 0; item != pad && i < dim; i++) here[i] = static_cast<double>(table[item * dim + i] + positions[place * dim + i]);
       e.push_back(here);
     }
     const bool real = lengths[row] > 0 && items[row * places + lengths[row] - 1] != pad;
-    const Doubles query = norm_of(e.empty() ? Doubles(dim, 0.0) : e.back(), norms[0], norms[1], 1e-5);
-    const Doubles qk = layers[0](query);
-    Doubles mixed(static_cast<size_t>(dim), 0.0);
+    const Row query = norms[0](e.empty() ? Row(dim, 0.0) : e.back(), 1e-5);
+    const Row qk = layers[0](query);
+    Row mixed(static_cast<size_t>(dim), 0.0);
     double total = 0, most = -1e300;
-    Doubles logits;
+    Row logits;
     for (size_t j = 0; j < e.size(); j++) {
       logits.push_back(items[row * places + static_cast<int64_t>(j)] == pad ? -1e300 : 0.0);
       for (int i = 0; i < dim; i++) logits.back() += qk[i] * e[j][i];
@@ -405,16 +358,16 @@ void encode(int rows, int dim, int64_t places, int outputs = 0) {
       if (logits[j] < -1e299) continue;
       for (int i = 0; i < dim; i++) mixed[i] += std::exp(logits[j] - most) / total * e[j][i];
     }
-    Doubles y = layers[1](mixed);
+    Row y = layers[1](mixed);
     for (int i = 0; i < dim; i++) y[i] += query[i];
-    const Doubles z = norm_of(y, norms[2], norms[3], 1e-5);
-    Doubles out = layers[2](z);
+    const Row z = norms[1](y, 1e-5);
+    Row out = layers[2](z);
     for (double& value : out) value = value > 0 ? value : 0.0;
     out = layers[3](out);
     for (int i = 0; i < dim; i++) out[i] += z[i];
-    out = norm_of(out, norms[4], norms[5], 1e-5);
+    out = norms[2](out, 1e-5);
     if (!real) out.assign(static_cast<size_t>(dim), 0.0);
-    out = norm_of(out, norms[6], norms[7], 1e-5);
+    out = norms[3](out, 1e-5);
     if (outputs > 0) out = layers[4](out);
     want.insert(want.end(), out.begin(), out.end());
   }
@@ -432,23 +385,14 @@ void encode(int rows, int dim, int64_t places, int outputs = 0) {
 void interests(int rows, int dim, int64_t places, int count, bool learned, bool positions_in_values) {
   Draws draws(static_cast<uint64_t>(rows * 1000 + dim + count));
   const int64_t window = 70, table_rows = 30, pad = 4, hidden = 2 * dim + 3;
-  const Layer first(draws, dim, hidden), second(draws, hidden, count);
+  const Dense first(draws, dim, hidden), second(draws, hidden, count);
   const Floats positions = draws.normals(window * dim), table = draws.normals(table_rows * dim);
   Floats packed;
-  for (const Layer* layer : {&first, &second}) {
-    pack_panels(*layer, 0, layer->n_in, packed);
-    pack_vector(layer->bias, packed);
-  }
+  pack(packed, first), pack(packed, second);
   for (int64_t place = 0; place < window; place++) {
-    pack_vector(Floats(positions.begin() + place * dim, positions.begin() + (place + 1) * dim), packed);
+    pack(packed, Floats(positions.begin() + place * dim, positions.begin() + (place + 1) * dim));
   }
-  std::vector<int64_t> items, lengths;
-  for (int row = 0; row < rows; row++) {
-    lengths.push_back(draws.below(places + 1));
-    for (int64_t place = 0; place < places; place++) {
-      items.push_back(place < lengths[row] ? draws.below(table_rows) : -12345);  // what stands behind is not read
-    }
-  }
+  auto [items, lengths] = Histories(draws, rows, places, table_rows);
   Floats g(static_cast<size_t>(rows) * count * dim, kNaN);
   Floats scratch(static_cast<size_t>(interest_scratch(rows, places, dim, hidden, count)), kNaN);
   EncodeInterestsArgs args = {};
@@ -460,18 +404,18 @@ void interests(int rows, int dim, int64_t places, int count, bool learned, bool 
   args.rows = rows, args.scratch = scratch.data(), args.g = g.data();
   EXPECT(FASTDIFF_PICK(encode_interests)(args), "the items are rows of the table");
 
-  Doubles want(g.size(), 0.0);
+  Row want(g.size(), 0.0);
   for (int row = 0; row < rows; row++) {
     double* const of_row = want.data() + static_cast<int64_t>(row) * count * dim;
-    Doubles totals(static_cast<size_t>(count), 0.0);
+    Row totals(static_cast<size_t>(count), 0.0);
     for (int64_t place = 0; place < lengths[row]; place++) {
       const int64_t item = items[row * places + place], k = place - (lengths[row] - count);
       if (item == pad) continue;
-      Doubles placed(static_cast<size_t>(dim));
+      Row placed(static_cast<size_t>(dim));
       for (int i = 0; i < dim; i++) placed[i] = static_cast<double>(table[item * dim + i]) + positions[place * dim + i];
-      Doubles weights(static_cast<size_t>(count), 0.0);
+      Row weights(static_cast<size_t>(count), 0.0);
       if (learned) {
-        Doubles inner = first(placed);
+        Row inner = first(placed);
         for (double& value : inner) value = std::tanh(value);
         weights = second(inner);
         for (double& value : weights) value = std::exp(value);  // small enough to do without their maximum
