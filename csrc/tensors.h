@@ -28,12 +28,29 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+// As torch prints it, without its "torch.".
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "scalar type " + std::to_string(static_cast<int>(dtype));  // complex, quantized, float8 ..
+  }
+}
+
 // A contiguous CPU tensor of the dtype and shape wanted; -1 in `shape` stands for any size.
 inline Tensor checked(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                       std::initializer_list<int64_t> shape) {
   FASTDIFF_CHECK(tensor.is_cpu(), op, ": ", name, " must be on the CPU");
-  FASTDIFF_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be of scalar type ", static_cast<int>(dtype),
-                 " (got ", static_cast<int>(tensor.scalar_type()), ")");
+  FASTDIFF_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " must be ", dtype_name(dtype), " (got ",
+                 dtype_name(tensor.scalar_type()), ")");
   bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
   const int64_t* const sizes = shape.begin();
   for (size_t i = 0; fits && i < shape.size(); i++) fits = sizes[i] < 0 || tensor.size(i) == sizes[i];

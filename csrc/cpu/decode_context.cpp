@@ -1,6 +1,7 @@
 #include "decode_context.h"
 
 #include "../step_noise.h"
+#include "../tensors.h"
 #include "packed_layers.h"
 #include "scratch.h"
 #include "thread_pool.h"

@@ -1,6 +1,7 @@
 #include "denoise_mlp_loop.h"
 
 #include "../step_noise.h"
+#include "../tensors.h"
 #include "denoise_mlp_loop_layout.h"
 #include "thread_pool.h"
 

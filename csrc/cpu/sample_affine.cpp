@@ -1,6 +1,7 @@
 #include "sample_affine.h"
 
 #include "../step_noise.h"
+#include "../tensors.h"
 #include "scratch.h"
 #include "thread_pool.h"
 

@@ -101,7 +101,7 @@ def test_opcheck():
 def test_what_cannot_be_drawn_is_named():
     normals = philox_normals.bind("cpu", "cpu")
     keys, samples = rows(3)
-    with pytest.raises(RuntimeError, match="philox_normals: row_key must be of scalar type"):
+    with pytest.raises(RuntimeError, match="philox_normals: row_key must be int64"):
         normals(1, keys.float(), samples, 0, 1, 4)
     with pytest.raises(RuntimeError, match="philox_normals: sample must have shape"):
         normals(1, keys, samples[:2], 0, 1, 4)
