@@ -50,13 +50,15 @@ def small_engine(
     dtype: torch.dtype | None = None,
     generation: dict[str, Any] | None = None,
     seed: int = 0,
+    backend: str = "auto",
     **changes: Any,
 ) -> Engine:
     config = small_config(method, **changes)
     defaults = default_generation_config(config, guidance_scale)
     if generation:
         defaults = type(defaults)(**(defaults.to_dict() | generation))
-    return Engine.from_checkpoint(Checkpoint(config, defaults, random_weights(config, seed), item_ids), dtype=dtype)
+    checkpoint = Checkpoint(config, defaults, random_weights(config, seed), item_ids)
+    return Engine.from_checkpoint(checkpoint, dtype=dtype, backend=backend)
 
 
 def first_id(engine: Engine) -> int:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import fastdiff
 from fastdiff.errors import BackendUnavailable, InvalidArgument, InvalidHistory
+from fastdiff.ops.cpu import library
 from fastdiff.ops.score_topk import score_topk
 from fastdiff.plan import StepPlan, ddpm
 from tests.builders import METHODS, first_id, small_engine
@@ -113,6 +115,43 @@ def test_a_row_does_not_depend_on_its_batch(method: str, order: list[int], split
     parts = [shuffled[:split], shuffled[split:]]
     pieces = torch.cat([engine.generate(part, seed=3, output_embeddings=True).embeddings for part in parts])
     assert_agree(pieces, whole[order], torch.float32)
+
+
+@pytest.mark.skipif(library.why_not() is not None, reason="the C++ ops are not built")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("method", "guidance", "scheduler", "changes"),
+    [
+        *((method, 1.0, None, {}) for method in METHODS),
+        ("adrec", 2.0, None, {}),
+        ("adrec", 2.0, None, {"decoder": "mlp"}),
+        ("dreamrec", 3.0, None, {}),
+        ("dreamrec", 3.0, None, {"denoiser": "mlp2"}),
+        ("dreamrec", 3.0, "closed_form", {}),
+        ("tarec", 3.0, "ddpm", {}),
+        ("cddrec", 1.0, "ddpm", {"hidden_act": "relu"}),
+        ("dimerec", 1.0, None, {"guidance_extractor": "last_items"}),
+    ],
+)
+def test_in_cpp_a_row_has_the_same_bits_in_any_batch(
+    method: str, guidance: float, scheduler: str | None, changes: dict[str, Any], threads: int
+) -> None:
+    engine = small_engine(method, guidance, backend="cpu", **changes)
+    lengths = torch.randint(0, 12, (61,)).tolist()
+    histories = [torch.randint(1, 50, (length,)).tolist() for length in lengths]
+    keys = list(range(61))  # short histories may be equal
+
+    def embeddings(rows: slice) -> Tensor:
+        part, ids = histories[rows], keys[rows]
+        output = engine.generate(
+            part, scheduler=scheduler, seed=3, request_ids=ids, num_samples=2, output_embeddings=True
+        )
+        return output.embeddings
+
+    whole = embeddings(slice(0, 61))
+    torch.set_num_threads(threads)
+    for rows in (slice(0, 61), slice(0, 1), slice(5, 6), slice(9, 11), slice(17, 53)):
+        assert torch.equal(embeddings(rows), whole[rows])
 
 
 def test_coupled_batch_is_one_batch() -> None:
