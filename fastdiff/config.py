@@ -33,7 +33,7 @@ class GenerationConfig:
     num_inference_steps  S; None runs the whole training chain (one step for "one_step")
     timestep_spacing     how S steps are spread over the chain: "leading", "trailing", "linspace"
     guidance_scale       g of u + g (c - u), 1 = off (DreamRec's w is g - 1)
-    eta                  DDIM's stochasticity
+    eta                  DDIM's stochasticity, 0 to 1
     filter_seen          leave the items of a user's own history out of the clean ranking
     """
 
@@ -52,8 +52,10 @@ class GenerationConfig:
         _check_counts(self, "top_k", "num_samples")
         if self.num_inference_steps is not None:
             _check_counts(self, "num_inference_steps")
-        if self.eta < 0:
-            raise InvalidArgument(f"GenerationConfig: eta must be at least 0 (got {self.eta!r})")
+        if not 0 <= self.eta <= 1:
+            raise InvalidArgument(
+                f"GenerationConfig: eta must be a number from 0, deterministic, to 1, as DDPM (got {self.eta!r})"
+            )
         _check(self, "scheduler", SCHEDULERS)
         _check(self, "timestep_spacing", TIMESTEP_SPACINGS)
         _check(self, "aggregation", AGGREGATIONS)

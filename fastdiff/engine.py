@@ -218,7 +218,7 @@ class Engine:
         top_k                K
         num_inference_steps  S steps spread over the chain; or `timesteps`, the exact descending indices
         guidance_scale       g of u + g (c - u), 1 = off
-        eta                  DDIM's stochasticity, 0 = deterministic
+        eta                  DDIM's stochasticity, from 0 = deterministic to 1 = as DDPM
         scheduler            "ddpm", "ddim", "one_step", "closed_form" (linear denoisers: the whole chain as one draw,
                              equal in law), or a `StepPlan`
         num_samples          embeddings per user; `aggregation` of their scores: "max" or "mean"
@@ -238,9 +238,7 @@ class Engine:
         Returns a `GenerateOutput`. An empty batch returns an empty output.
         """
         if unknown:
-            refuse_unknown(
-                unknown, [name for name in Engine.generate.__annotations__ if name not in ("return", "unknown")]
-            )
+            refuse_unknown(unknown, _generate_arguments())
         watch = Stopwatch(self.device)
         catalog = self.catalog  # one snapshot for the whole call
         defaults = self.generation_config
@@ -305,6 +303,8 @@ class Engine:
         """
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise InvalidArgument(f"generate_batches: batch_size must be an int of at least 1 (got {batch_size!r})")
+        if unknown := {name: value for name, value in arguments.items() if name not in _generate_arguments()}:
+            refuse_unknown(unknown, _generate_arguments())
         per_user = {"noise", "user_exclude_items", "user_candidate_items"} & {
             name for name, value in arguments.items() if value is not None
         }
@@ -383,6 +383,10 @@ class Engine:
         shape = (0, dim) if settings.num_samples == 1 else (0, settings.num_samples, dim)
         queries = torch.empty(shape, dtype=self.model.dtype, device=self.device) if embeddings else None
         return GenerateOutput(catalog.external(rows), top.scores, queries, seed, top, watch)
+
+
+def _generate_arguments() -> list[str]:
+    return [name for name in Engine.generate.__annotations__ if name not in ("return", "unknown")]
 
 
 @contextmanager

@@ -16,7 +16,6 @@ Prediction types (what the network's output means; `abar` is `alphas_cumprod[t]`
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,7 +129,8 @@ def ddim(
     prediction_type: str = "sample",
     normalize: bool = False,
 ) -> StepPlan:
-    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta = 0, ancestral at eta = 1.
+    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic at eta = 0, ancestral at eta = 1. Any other eta
+    is refused: beyond 1, sigma^2 may be more than the 1 - abar_prev that there is.
 
         x_prev = sqrt(abar_prev) x_start + sqrt(1 - abar_prev - sigma^2) epsilon + sigma noise
         sigma  = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev)
@@ -138,10 +138,8 @@ def ddim(
     timesteps  the steps to run, descending, any spacing (`spaced_timesteps` makes the usual ones); None runs all
     """
     _check_choice("ddim", "prediction_type", prediction_type, PREDICTION_TYPES[:3])
-    if not (isinstance(eta, (int, float)) and math.isfinite(eta) and eta >= 0):
-        raise InvalidArgument(
-            f"ddim: eta must be a finite number of at least 0 (got {eta!r}); 0 is deterministic, 1 is DDPM"
-        )
+    if not (isinstance(eta, (int, float)) and 0 <= eta <= 1):  # NaN neither
+        raise InvalidArgument(f"ddim: eta must be a number from 0, deterministic, to 1, as DDPM (got {eta!r})")
     steps = _check_timesteps("ddim", timesteps, schedule.num_train_timesteps)
     rows = []
     for i, t in enumerate(steps):
@@ -149,7 +147,7 @@ def ddim(
         beta, _, abar, abar_prev = _transition(schedule, t, t_prev)
         variance = (1.0 - abar_prev) / (1.0 - abar) * beta
         sigma = eta * torch.sqrt(variance)
-        direction = torch.sqrt(torch.clamp(1.0 - abar_prev - sigma**2, min=0.0))
+        direction = torch.sqrt(torch.clamp(1.0 - abar_prev - sigma**2, min=0.0))  # at eta = 1 rounding may go below
         mean_xt = direction / torch.sqrt(1.0 - abar)
         mean_start = torch.sqrt(abar_prev) - mean_xt * torch.sqrt(abar)
         rows.append(_as_row(prediction_type, mean_start, mean_xt, sigma, abar))

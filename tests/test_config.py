@@ -124,7 +124,8 @@ def test_rows_that_are_no_items(method: str, pad_id: int, rows: int, special: di
         (GenerationConfig, {"top_k": 0}, "top_k must be an int of at least 1"),
         (GenerationConfig, {"num_inference_steps": 0}, "num_inference_steps must be an int of at least 1"),
         (GenerationConfig, {"guidance_scale": float("inf")}, "guidance_scale must be a finite number"),
-        (GenerationConfig, {"eta": -0.5}, "eta must be at least 0"),
+        (GenerationConfig, {"eta": -0.5}, r"eta must be a number from 0, .* \(got -0\.5\)"),
+        (GenerationConfig, {"eta": 1.01}, r"eta must be a number from 0, .* to 1, as DDPM \(got 1\.01\)"),
         (GenerationConfig, {"scheduler": "euler"}, "scheduler must be one of ddpm"),
     ],
 )

@@ -636,6 +636,11 @@ def test_batches_refuse_per_user_arguments() -> None:
         engine.generate_batches([[1]], batch_size=0)
 
 
+def test_batches_refuse_an_unknown_argument_at_the_call() -> None:
+    with pytest.raises(TypeError, match=r"generate: unknown argument 'topk' \(did you mean 'top_k'\?\)"):
+        small_engine("tarec").generate_batches([[1]], topk=3)
+
+
 # --- dtypes, backends, folders ----------------------------------------------------------------------------------------
 
 
@@ -755,7 +760,10 @@ BAD_ARGUMENTS = [
     ({"timesteps": [1, 5]}, r"timesteps must strictly descend"),
     ({"timesteps": [12]}, r"timesteps must lie in 0\.\.11"),
     ({"eta": 0.5, "scheduler": "ddpm"}, r"eta belongs to scheduler='ddim'"),
-    ({"eta": -1.0, "scheduler": "ddim"}, r"eta must be a finite number of at least 0 \(got -1\.0\)"),
+    ({"eta": -1.0, "scheduler": "ddim"}, r"eta must be a number from 0, .* to 1, as DDPM \(got -1\.0\)"),
+    ({"eta": 1.5, "scheduler": "ddim"}, r"eta must be a number from 0, .* to 1, as DDPM \(got 1\.5\)"),
+    ({"eta": 1.5, "scheduler": "closed_form"}, r"eta must be a number from 0, .* to 1, as DDPM \(got 1\.5\)"),
+    ({"eta": float("nan"), "scheduler": "ddim"}, r"eta must be a finite number \(got nan\)"),
     ({"scheduler": "one_step", "num_inference_steps": 3}, r"scheduler='one_step' excludes num_inference_steps"),
     ({"scheduler": PLAN, "eta": 0.1}, r"a StepPlan as scheduler excludes eta"),
     (
