@@ -3,6 +3,7 @@
 #include <cmath>
 #include <memory>
 
+#include "../history_tensors.h"
 #include "scratch.h"
 #include "thread_pool.h"
 #include "transformer_tensors.h"
@@ -121,11 +122,8 @@ std::tuple<Tensor, Tensor> encode_causal_history(const Tensor& items, const Tens
                                                  double eps, const Tensor& pads, const Tensor& pad_output,
                                                  int64_t window, bool only_last) {
   constexpr const char* op = "encode_causal_history";
-  const Tensor histories = checked(op, "items", items, ScalarType::Long, {-1, -1});
-  const int64_t users = histories.size(0);
-  const Tensor counts = checked(op, "lengths", lengths, ScalarType::Long, {users});
-  const Tensor table = floats(op, "item_table", item_table, {-1, -1});
-  const int64_t dim = table.size(1);
+  const HistoryTensors given(op, items, lengths, item_table);
+  const int64_t users = given.users, dim = given.dim;
   const BlockShape shape = block_shape(op, dim, hidden, heads, eps);
   const PackedBlocks packed(op, blocks, shape);
   FASTDIFF_CHECK(packed.size() > 0, op, ": blocks must not be empty");
@@ -133,13 +131,13 @@ std::tuple<Tensor, Tensor> encode_causal_history(const Tensor& items, const Tens
   const Tensor norm_plus = floats(op, "norm_bias", norm_bias, {shape.step()});
   const Tensor pad_keys = floats(op, "pads", pads, {packed.size(), 1, 2 * dim});
   const Tensor pad_last = floats(op, "pad_output", pad_output, {1, dim});
-  const std::vector<int64_t> starts = starts_of(op, counts);
-  check_items(op, histories, starts, table.size(0), window);
+  const std::vector<int64_t> starts = starts_of(op, given.lengths);
+  check_items(op, given.items, starts, given.table_rows, window);
   std::vector<float> log_pads(users);
   for (int64_t i = 0; i < users; i++) log_pads[i] = std::log(static_cast<float>(window - (starts[i + 1] - starts[i])));
 
-  Tensor rows = empty_like_with(table, {only_last ? 0 : starts.back(), dim}, ScalarType::Float);
-  Tensor last = empty_like_with(table, {users, dim}, ScalarType::Float);
+  Tensor rows = empty_like_with(given.table, {only_last ? 0 : starts.back(), dim}, ScalarType::Float);
+  Tensor last = empty_like_with(given.table, {users, dim}, ScalarType::Float);
   for (int64_t user = 0; user < users; user++) {
     if (starts[user] == starts[user + 1]) {
       std::copy_n(data<float>(pad_last), dim, mutable_data<float>(last) + user * dim);
@@ -149,7 +147,7 @@ std::tuple<Tensor, Tensor> encode_causal_history(const Tensor& items, const Tens
   args.shape = shape, args.blocks = packed.pointers.data(), args.n_blocks = static_cast<int>(packed.size());
   args.passes = 1, args.users = users, args.starts = starts.data();
   args.pads = data<float>(pad_keys), args.pad_passes = 1, args.log_pads = log_pads.data();
-  args.items = data<int64_t>(histories), args.items_step = histories.size(1), args.item_table = data<float>(table);
+  args.items = data<int64_t>(given.items), args.items_step = given.places, args.item_table = data<float>(given.table);
   args.norm_weight = data<float>(norm_by), args.norm_bias = data<float>(norm_plus);
   args.norm_eps = static_cast<float>(norm_eps);
   args.rows = only_last ? nullptr : mutable_data<float>(rows);
@@ -165,22 +163,19 @@ std::tuple<Tensor, Tensor, Tensor> prepare_causal_prefix(const Tensor& condition
                                                          int64_t heads, double eps, const Tensor& pads, int64_t window,
                                                          bool guided) {
   constexpr const char* op = "prepare_causal_prefix";
-  const Tensor histories = checked(op, "items", items, ScalarType::Long, {-1, -1});
-  const int64_t users = histories.size(0);
-  const Tensor counts = checked(op, "lengths", lengths, ScalarType::Long, {users});
-  const Tensor table = floats(op, "item_table", item_table, {-1, -1});
-  const int64_t dim = table.size(1), passes = guided ? 2 : 1;
+  const HistoryTensors given(op, items, lengths, item_table);
+  const int64_t users = given.users, dim = given.dim, passes = guided ? 2 : 1;
   const BlockShape shape = block_shape(op, dim, hidden, heads, eps);
   const PackedBlocks packed(op, blocks, shape);
   FASTDIFF_CHECK(packed.size() > 0, op, ": blocks must not be empty");
   const Tensor pad_keys = floats(op, "pads", pads, {packed.size(), 2, 2 * dim});
   const Tensor clean = floats(op, "time", time, {dim});
-  const std::vector<int64_t> condition_starts = starts_of(op, counts);
+  const std::vector<int64_t> condition_starts = starts_of(op, given.lengths);
   const Tensor conditions = floats(op, "condition", condition, {condition_starts.back(), dim});
-  check_items(op, histories, condition_starts, table.size(0), window);
+  check_items(op, given.items, condition_starts, given.table_rows, window);
 
-  Tensor slots = empty_like_with(counts, {users}, ScalarType::Long);
-  Tensor log_pads = empty_like_with(table, {users}, ScalarType::Float);
+  Tensor slots = empty_like_with(given.lengths, {users}, ScalarType::Long);
+  Tensor log_pads = empty_like_with(given.table, {users}, ScalarType::Float);
   std::vector<int64_t> starts(users + 1, 0);
   for (int64_t user = 0; user < users; user++) {
     const int64_t n = condition_starts[user + 1] - condition_starts[user];
@@ -189,14 +184,14 @@ std::tuple<Tensor, Tensor, Tensor> prepare_causal_prefix(const Tensor& condition
     mutable_data<float>(log_pads)[user] = std::log(static_cast<float>(window - std::max<int64_t>(n, 1)));
     starts[user + 1] = starts[user] + std::max<int64_t>(n - 1, 0);
   }
-  Tensor keys_values = empty_like_with(table, {packed.size(), passes, starts.back(), 2 * dim}, ScalarType::Float);
+  Tensor keys_values = empty_like_with(given.table, {packed.size(), passes, starts.back(), 2 * dim}, ScalarType::Float);
 
   CausalHistoryArgs args{};
   args.shape = shape, args.blocks = packed.pointers.data(), args.n_blocks = static_cast<int>(packed.size());
   args.passes = static_cast<int>(passes), args.users = users, args.starts = starts.data();
   args.pads = data<float>(pad_keys), args.pad_passes = 2, args.log_pads = data<float>(log_pads);
-  args.items = data<int64_t>(histories), args.items_step = histories.size(1), args.item_shift = 1;
-  args.item_table = data<float>(table);
+  args.items = data<int64_t>(given.items), args.items_step = given.places, args.item_shift = 1;
+  args.item_table = data<float>(given.table);
   args.condition = data<float>(conditions), args.condition_starts = condition_starts.data();
   args.time = data<float>(clean), args.input_scale = static_cast<float>(input_scale), args.normalize = normalize;
   args.keys_values = mutable_data<float>(keys_values);

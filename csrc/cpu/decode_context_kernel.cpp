@@ -3,6 +3,7 @@
 #include "decode_context.h"
 #include "packed_layers.h"
 #include "philox.h"
+#include "room.h"
 #include "sampler_update.h"
 
 namespace fastdiff {
@@ -12,15 +13,6 @@ namespace {
 KeyPanels panels_of(const ContextArgs& args) {
   return {args.keys, args.values, args.heads, args.dim / args.heads, static_cast<int>(args.users)};
 }
-
-struct Room {
-  float* at;
-  float* take(int64_t floats) {
-    float* here = at;
-    at += (floats + kPanel - 1) / kPanel * kPanel;
-    return here;
-  }
-};
 
 }  // namespace
 

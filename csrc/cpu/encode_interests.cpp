@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#include "../tensors.h"
+#include "../history_tensors.h"
 #include "scratch.h"
 #include "thread_pool.h"
 
@@ -12,11 +12,8 @@ namespace {
 Tensor encode_interests(const Tensor& items, const Tensor& lengths, const Tensor& item_table,
                         const MaybeTensor& weights, int64_t window, int64_t hidden, int64_t interests, int64_t pad_id, bool positions_in_values) {
   constexpr const char* op = "encode_interests";
-  const Tensor places = checked(op, "items", items, ScalarType::Long, {-1, -1});
-  const int64_t rows = places.size(0), n = places.size(1);
-  const Tensor length = checked(op, "lengths", lengths, ScalarType::Long, {rows});
-  const Tensor table = floats(op, "item_table", item_table, {-1, -1});
-  const int64_t dim = table.size(1), whole = (dim + 15) / 16 * 16;
+  const HistoryTensors given(op, items, lengths, item_table);
+  const int64_t rows = given.users, n = given.places, dim = given.dim, whole = (dim + 15) / 16 * 16;
   const int64_t wide = (hidden + 15) / 16 * 16, columns = (interests + 15) / 16 * 16;
   FASTDIFF_CHECK(dim > 0 && dim < (1 << 16), op, ": item_table must be [N, D] with D in 1 .. 2^16 - 1 (got ",
                  shape_of(item_table), ")");
@@ -24,9 +21,9 @@ Tensor encode_interests(const Tensor& items, const Tensor& lengths, const Tensor
                  ": interests must be in 1 .. 2^16 - 1 (got ", interests, "), hidden below 2^20 (got ", hidden,
                  "), window not below 0 (got ", window, ")");
   const bool attends = weights.has_value();
-  const Tensor packed =
-      attends ? floats(op, "weights", *weights, {wide * (dim + 1) + columns * (hidden + 1) + window * whole}) : table;
-  Tensor g = empty_like_with(table, {rows, interests, dim}, ScalarType::Float);
+  const int64_t wanted = wide * (dim + 1) + columns * (hidden + 1) + window * whole;
+  const Tensor packed = attends ? floats(op, "weights", *weights, {wanted}) : given.table;
+  Tensor g = empty_like_with(given.table, {rows, interests, dim}, ScalarType::Float);
   if (rows == 0) return g;
   const double of_a_place = static_cast<double>(wide * dim + columns * hidden + interests * dim + 20 * wide);
   const double work = attends ? static_cast<double>(n) * of_a_place : static_cast<double>(interests * dim);
@@ -36,11 +33,11 @@ Tensor encode_interests(const Tensor& items, const Tensor& lengths, const Tensor
   parallel(num_threads(), (rows + per_task - 1) / per_task, [&](int64_t task) {
     const int64_t first = task * per_task, here = std::min(per_task, rows - first);
     EncodeInterestsArgs args = {};
-    args.items = data<int64_t>(places) + first * n;
-    args.lengths = data<int64_t>(length) + first;
+    args.items = data<int64_t>(given.items) + first * n;
+    args.lengths = data<int64_t>(given.lengths) + first;
     args.places = n;
-    args.table = data<float>(table);
-    args.table_rows = table.size(0);
+    args.table = data<float>(given.table);
+    args.table_rows = given.table_rows;
     args.weights = attends ? data<float>(packed) : nullptr;
     args.window = window;
     args.dim = static_cast<int>(dim);
@@ -53,7 +50,7 @@ Tensor encode_interests(const Tensor& items, const Tensor& lengths, const Tensor
     args.g = mutable_data<float>(g) + first * interests * dim;
     if (!kernel(args)) fits.store(false);
   });
-  FASTDIFF_CHECK(fits.load(), op, ": items must be rows of the table, 0 .. ", table.size(0) - 1,
+  FASTDIFF_CHECK(fits.load(), op, ": items must be rows of the table, 0 .. ", given.table_rows - 1,
                  ", and lengths in 0 .. ", attends ? std::min(n, window) : n);
   return g;
 }

@@ -1,6 +1,6 @@
 #include "encode_padded_history.h"
 
-#include "../tensors.h"
+#include "../history_tensors.h"
 #include "packed_layers.h"
 #include "scratch.h"
 #include "thread_pool.h"
@@ -13,11 +13,8 @@ Tensor encode_padded_history(const Tensor& items, const Tensor& lengths, const T
                              const std::vector<Tensor>& blocks, int64_t hidden, int64_t heads, bool gelu, double eps,
                              int64_t pad_id, const Tensor& empty) {
   constexpr const char* op = "encode_padded_history";
-  const Tensor rows = checked(op, "items", items, ScalarType::Long, {-1, -1});
-  const int64_t users = rows.size(0), width = rows.size(1);
-  const Tensor counts = checked(op, "lengths", lengths, ScalarType::Long, {users});
-  const Tensor table = floats(op, "item_table", item_table, {-1, -1});
-  const int64_t dim = table.size(1);
+  const HistoryTensors given(op, items, lengths, item_table);
+  const int64_t users = given.users, width = given.places, dim = given.dim;
   FASTDIFF_CHECK(heads >= 1 && dim >= 1 && dim % heads == 0 && dim <= (1 << 16), op,
                  ": dim must be a multiple of heads (got ", dim, " and ", heads, ")");
   FASTDIFF_CHECK(hidden >= 1 && hidden <= (1 << 18), op, ": hidden must be in 1 .. 2^18 (got ", hidden, ")");
@@ -38,21 +35,21 @@ Tensor encode_padded_history(const Tensor& items, const Tensor& lengths, const T
     pointers.push_back(data<float>(buffers.back()));
   }
   for (int64_t user = 0; user < users; user++) {
-    const int64_t length = data<int64_t>(counts)[user];
+    const int64_t length = data<int64_t>(given.lengths)[user];
     FASTDIFF_CHECK(length >= 0 && length <= width && length <= window, op, ": lengths must be in 0..",
                    std::min(width, window), " (got ", length, ")");
     for (int64_t i = 0; i < length; i++) {
-      const int64_t item = data<int64_t>(rows)[user * width + i];
-      FASTDIFF_CHECK(item >= 0 && item < table.size(0), op, ": items must be rows 0..", table.size(0) - 1, " (got ",
+      const int64_t item = data<int64_t>(given.items)[user * width + i];
+      FASTDIFF_CHECK(item >= 0 && item < given.table_rows, op, ": items must be rows 0..", given.table_rows - 1, " (got ",
                      item, ")");
     }
   }
-  Tensor context = empty_like_with(table, {users, dim}, ScalarType::Float);
+  Tensor context = empty_like_with(given.table, {users, dim}, ScalarType::Float);
 
   PaddedHistoryArgs args{};
-  args.items = data<int64_t>(rows), args.lengths = data<int64_t>(counts);
+  args.items = data<int64_t>(given.items), args.lengths = data<int64_t>(given.lengths);
   args.width = static_cast<int>(width), args.window = static_cast<int>(window), args.pad_id = pad_id;
-  args.table = data<float>(table), args.positions = data<float>(slots);
+  args.table = data<float>(given.table), args.positions = data<float>(slots);
   args.norm_weight = data<float>(weight), args.norm_bias = data<float>(bias);
   args.blocks = pointers.data(), args.n_blocks = static_cast<int>(pointers.size());
   args.dim = static_cast<int>(dim), args.hidden = static_cast<int>(hidden), args.heads = static_cast<int>(heads);

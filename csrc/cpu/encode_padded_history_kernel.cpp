@@ -2,6 +2,7 @@
 #include "batch_attention.h"
 #include "encode_padded_history.h"
 #include "packed_layers.h"
+#include "room.h"
 
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
@@ -37,7 +38,7 @@ class Encoder {
         first_user_(first_user),
         n_users_(static_cast<int>(last_user - first_user)),
         step_(padded(args.dim)),
-        at_(room) {}
+        parts_{room} {}
 
   void run() {
     embed();
@@ -46,18 +47,12 @@ class Encoder {
   }
 
  private:
-  float* take(int64_t floats) {
-    float* here = at_;
-    at_ += (floats + kPanel - 1) / kPanel * kPanel;
-    return here;
-  }
-
   // x = LN(item + position); the padding of a row is 0 from here on
   void embed() {
     const int dim = args_.dim;
     int64_t slots = 0;
     for (int user = 0; user < n_users_; user++) slots += args_.lengths[first_user_ + user];
-    x_ = take(slots * step_);
+    x_ = parts_.take(slots * step_);
     int row = 0;
     most_keys_ = 0;
     for (int user = 0; user < n_users_; user++) {
@@ -91,17 +86,17 @@ class Encoder {
   void full_block(const float* weights) {
     const int dim = args_.dim, heads = args_.heads, width = dim / heads, qkv_step = padded(3 * dim);
     const int rows = users_.first_row[n_users_];
-    float* const before = at_;
+    float* const before = parts_.at;
     Layers layers{weights};
     const Linear qkv = layers.layer(dim, 3 * dim);
     const Rest rest = rest_of(layers, dim, args_.hidden);
-    float* const projected = take(int64_t{1} * rows * qkv_step);
+    float* const projected = parts_.take(int64_t{1} * rows * qkv_step);
     const int gathered_step = step_ + kPanel;
-    float* const gathered = take(int64_t{1} * rows * gathered_step);
+    float* const gathered = parts_.take(int64_t{1} * rows * gathered_step);
     const KeyPanels most = {nullptr, nullptr, heads, width, most_keys_};
-    float* const keys = take(most.key_floats());
-    float* const values = take(most.value_floats());
-    float* const scores = take(int64_t{1} * (most_keys_ + 1) * padded(most_keys_));
+    float* const keys = parts_.take(most.key_floats());
+    float* const values = parts_.take(most.value_floats());
+    float* const scores = parts_.take(int64_t{1} * (most_keys_ + 1) * padded(most_keys_));
     linear_spread(qkv, x_, step_, rows, projected, qkv_step);
     for (int user = 0; user < n_users_; user++) {
       const int first = users_.first_row[user], n_rows = users_.first_row[user + 1] - first;
@@ -116,13 +111,13 @@ class Encoder {
       attend_rows(panels, of_user, qkv_step, n_rows, 1, gathered + int64_t{1} * first * gathered_step, gathered_step,
                   scores);
     }
-    float* const chunk_room = take(int64_t{kPaddedChunk} * (padded(args_.hidden) + step_));
+    float* const chunk_room = parts_.take(int64_t{kPaddedChunk} * (padded(args_.hidden) + step_));
     for (int row = 0; row < rows; row += kPaddedChunk) {
       const int n = rows - row < kPaddedChunk ? rows - row : kPaddedChunk;
       finish(rest, x_ + int64_t{1} * row * step_, gathered + int64_t{1} * row * gathered_step, gathered_step, n,
              chunk_room);
     }
-    at_ = before;
+    parts_.at = before;
   }
 
   // Only the newest row of each user: q . (W_k x_j) is (W_k^T q) . x_j, and the value map follows the weighted sum.
@@ -143,12 +138,12 @@ class Encoder {
     }
     const int64_t wide = int64_t{1} * heads * step_;
     const int gathered_step = step_ + kPanel;
-    float* const x = take(int64_t{1} * n * step_);
-    float* const q = take(int64_t{1} * n * step_);
-    float* const keyed = take(n * wide);
-    float* const gathered = take(int64_t{1} * n * gathered_step);
-    float* const weight = take(int64_t{1} * heads * padded(most_keys_));
-    float* const room = take(int64_t{1} * n * (padded(args_.hidden) + step_));
+    float* const x = parts_.take(int64_t{1} * n * step_);
+    float* const q = parts_.take(int64_t{1} * n * step_);
+    float* const keyed = parts_.take(n * wide);
+    float* const gathered = parts_.take(int64_t{1} * n * gathered_step);
+    float* const weight = parts_.take(int64_t{1} * heads * padded(most_keys_));
+    float* const room = parts_.take(int64_t{1} * n * (padded(args_.hidden) + step_));
     for (int i = 0; i < n; i++) {
       const float* newest = x_ + int64_t{1} * (users_.first_row[of[i] + 1] - 1) * step_;
       for (int d = 0; d < step_; d += kLanes) store(x + i * step_ + d, load(newest + d));
@@ -219,7 +214,7 @@ class Encoder {
   const PaddedHistoryArgs& args_;
   const int64_t first_user_;
   const int n_users_, step_;
-  float* at_;
+  Room parts_;
   float* x_ = nullptr;
   int most_keys_ = 0;
   Users users_;

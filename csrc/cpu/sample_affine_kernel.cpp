@@ -20,8 +20,8 @@ void sample_affine(const SampleAffineArgs& args) {
   float* const guided = padded_x + kAffineRows * static_cast<int64_t>(whole);
   float* const x = whole == dim ? args.x_0 : padded_x;
   for (int row = 0; args.uncond != nullptr && row < args.rows; row++) {
-    guide_row(args.cond + static_cast<int64_t>(row) * dim, args.uncond + row * args.uncond_step, args.guidance_scale, dim,
-              guided + row * whole, whole);
+    guide_row(args.cond + static_cast<int64_t>(row) * dim, args.uncond + row * args.uncond_step, args.guidance_scale,
+              dim, guided + row * whole, whole);
   }
   if (z == nullptr) {
     z_step = padded_normals(dim);
