@@ -56,21 +56,6 @@ struct Kept {
   int64_t count, capacity;
 };
 
-// The rows that one query may not be given: a hash table of 2^bits places, ~0 where empty; null for none.
-struct Denied {
-  const uint32_t* places;
-  int bits;
-
-  static FASTDIFF_TOPK_INLINE uint32_t start(uint32_t row, int bits) { return (row * 2654435769u) >> (32 - bits); }
-  FASTDIFF_TOPK_INLINE bool has(uint32_t row) const {
-    const uint32_t mask = (1u << bits) - 1u;
-    for (uint32_t at = start(row, bits);; at = (at + 1) & mask) {
-      if (places[at] == row) return true;
-      if (places[at] == ~0u) return false;
-    }
-  }
-};
-
 // The queries in the form of the product. Those beyond n, up to n_padded, are zeros with a floor of infinity.
 struct Queries {
   int64_t n, n_padded;    // n_padded: a multiple of 16
@@ -98,7 +83,6 @@ struct ScanArgs {
   int64_t n_some;
   Queries queries;
   const uint64_t* allowed;  // a bit per row, a word per block (of the rows as scanned); null: all
-  const Denied* denied;     // [n]; null: nothing
   int64_t first_block, last_block;
   Slot* slot;
 };

@@ -10,6 +10,22 @@
 namespace fastdiff {
 namespace topk {
 
+// The rows that one query may not be given: a hash table of 2^bits places, ~0 where empty; null for none.
+struct Denied {
+  const uint32_t* places;
+  int bits;
+
+  static uint32_t start(uint32_t row, int bits) { return (row * 2654435769u) >> (32 - bits); }
+  void prefetch(uint32_t row) const { __builtin_prefetch(places + start(row, bits)); }
+  bool has(uint32_t row) const {
+    const uint32_t mask = (1u << bits) - 1u;
+    for (uint32_t at = start(row, bits);; at = (at + 1) & mask) {
+      if (places[at] == row) return true;
+      if (places[at] == ~0u) return false;
+    }
+  }
+};
+
 // The rows that some of the queries may not be given.
 class DeniedRows {
  public:

@@ -9,6 +9,7 @@
 
 #include "aligned.h"
 #include "score_topk_exact.h"
+#include "score_topk_filters.h"
 #include "score_topk_order.h"
 #include "score_topk_search.h"
 
@@ -38,21 +39,26 @@ class Floors {
 
 struct Job;
 
-struct Found {  // of one thread
+// Of one thread. A scan keeps denied rows like others: they are few, and whether a row is one of them is asked for many
+// at a time, before what is kept says anything about the floor.
+struct Found {
   Job& job;
   Aligned<float> floor;
   std::vector<Kept> kept;
+  std::vector<int64_t> checked;  // how many of the first kept are surely not denied
   Aligned<char> buffers, scratch;
   std::vector<Aligned<char>> grown;
   Slot slot;
 
   explicit Found(Job& job);
+  void drop_denied(int64_t q);
 };
 
 struct Job {
   const Search& search;
   int64_t k;  // the place whose score is the floor: in a sample, a higher one
   const Queries queries;
+  const Denied* denied;  // [queries.n]; null: nothing
   int64_t capacity;
   Floors floors;
   float (*const floor_of)(const float*, int64_t, int64_t) = FASTDIFF_PICK(topk_floor);
@@ -60,10 +66,11 @@ struct Job {
   std::atomic<int64_t> may_grow{search.spare_bytes};
   std::unique_ptr<std::atomic<bool>[]> given_up;
 
-  Job(const Search& search, int64_t k, const Queries& queries, int64_t capacity)
+  Job(const Search& search, int64_t k, const Queries& queries, const Denied* denied, int64_t capacity)
       : search(search),
         k(k),
         queries(queries),
+        denied(denied),
         capacity(capacity),
         floors(queries.n),
         given_up(new std::atomic<bool>[static_cast<size_t>(queries.n)]) {

@@ -241,10 +241,6 @@ class Scan {
     const float room = slack(q), high = score + room;
     if (!(high >= slot_.floor[q])) return;
     const int32_t number = block_->numbers == nullptr ? block_->first + static_cast<int32_t>(i) : block_->numbers[i];
-    if (args_.denied != nullptr) {
-      const Denied& denied = args_.denied[q];
-      if (denied.places != nullptr && denied.has(static_cast<uint32_t>(number))) return;
-    }
     Kept& kept = slot_.kept[q];
     kept.low[kept.count] = score - room;
     kept.high[kept.count] = high;

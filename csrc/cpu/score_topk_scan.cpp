@@ -74,7 +74,7 @@ Left scan(const Search& search, const Way& way, const Allowed& allowed, const st
   const int slots = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(search.threads, cost / 20000)));
   guess = guess && n_blocks >= kSampledBlocks;
   const Pieces pieces(n_blocks, slots, guess);
-  Job job(search, search.k, prepared.view(), capacity);
+  Job job(search, search.k, prepared.view(), denied.get(), capacity);
   std::vector<std::unique_ptr<Found>> found(static_cast<size_t>(slots));
   const auto kernel = FASTDIFF_PICK_ALL(topk_scan);
   const auto scan_pieces = [&](bool sample) {
@@ -93,7 +93,6 @@ Left scan(const Search& search, const Way& way, const Allowed& allowed, const st
           args.n_some = way.some == nullptr ? 0 : static_cast<int64_t>(way.some->size());
           args.queries = job.queries;
           args.allowed = way.some != nullptr || allowed.bits.empty() ? nullptr : allowed.bits.data();
-          args.denied = denied.get();
           args.first_block = first;
           args.last_block = last;
           args.slot = &mine->slot;
@@ -105,6 +104,7 @@ Left scan(const Search& search, const Way& way, const Allowed& allowed, const st
           pieces.run_rest(piece, run);
         }
       }
+      for (int64_t q = 0; q < n && mine != nullptr; q++) mine->drop_denied(q);
     });
   };
   const auto lows = [&](int64_t q, std::vector<float>& low) {

@@ -195,6 +195,48 @@ void every_restriction() {
   }
 }
 
+// Lists of every kind that a scan has to cope with, beside each other, over a table that is sampled and one that is not.
+void every_kind_of_denied() {
+  for (const int64_t n : {4001, 40001}) {
+    const Vectors items = tables(n, 12)[0];
+    const int64_t n_queries = 7, k = 20;
+    Draws draws(8);
+    const std::vector<float> queries = draws.normals(n_queries * items.dim);
+    const std::vector<Best> best = definition(items, queries, 1000, {});
+    Restricted given;
+    std::vector<int64_t>& denied = given.excluded;
+    const auto end_of_list = [&] { given.excluded_offsets.push_back(static_cast<int64_t>(denied.size())); };
+    end_of_list();
+    for (const auto& place : best[0]) denied.push_back(place.second);  // the best
+    end_of_list();
+    end_of_list();  // none
+    for (int time = 0; time < 3; time++) {  // the best, worst first, three times
+      for (int64_t i = 300; i-- > 0;) denied.push_back(best[2][i].second);
+    }
+    end_of_list();
+    for (int64_t row = 0; row < n; row++) {  // every block that a sample reads
+      if (row / kBlock % 32 == 0) denied.push_back(row);
+    }
+    end_of_list();
+    for (int64_t row = 0; row < n; row++) {  // every block but some, and the last row
+      if (row / kBlock % 5 != 3) denied.push_back(row);
+    }
+    denied.push_back(n - 1);
+    end_of_list();
+    for (int64_t row = 0; row < n; row++) {  // all but the best and a few: fewer than k
+      if (row % (n / 7) != 0 && row != best[5][0].second) denied.push_back(row);
+    }
+    end_of_list();
+    for (int64_t row = 0; row < n; row++) denied.push_back(row);  // all
+    end_of_list();
+    const std::vector<Best> truth = definition(items, queries, k, given);
+    for (const Stored stored : {Stored::float32, Stored::bfloat16, Stored::int8}) {
+      const Packed packed(items, stored, 2);
+      for (const int threads : {1, 2, 3}) compare(items, packed, queries, k, given, threads, truth);
+    }
+  }
+}
+
 void every_k() {
   const Vectors items = tables(1100, 9)[0];
   Draws draws(4);
@@ -228,6 +270,7 @@ int main() {
   at_every_level([] {
     every_table();
     every_restriction();
+    every_kind_of_denied();
     every_k();
     many_callers();
   });

@@ -240,6 +240,29 @@ def test_restrictions(
             assert_same(found, definition(query, item_emb, 30, allowed, exclude, candidate))
 
 
+@pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_denied_items_that_a_scan_meets_at_the_worst_places(backend: str, device: str, scan_dtype: torch.dtype) -> None:
+    """The best, the best in no order and more than once, all of the blocks that a sample reads, whole blocks, all."""
+    items = 40_000
+    query, item_emb = gaussian(6, items, 16)
+    best = (query @ item_emb.T).argsort(dim=1, descending=True)
+    row = torch.arange(items)
+    denied = [
+        best[0, :1000],
+        best[1, :500].repeat(3)[torch.randperm(1500)],
+        row[row // 64 % 32 == 0],
+        row[row // 64 % 3 != 1],
+        torch.cat([best[4, :1], best[4, 8:]]),
+        row,
+    ]
+    exclude = [rows.tolist() for rows in denied]
+    lists, scan = UserLists.from_lists(exclude).to(device), scan_of(item_emb.to(device), scan_dtype)
+    op = score_topk.bind(backend, device)
+    found = op(query.to(device), item_emb.to(device), 20, None, lists, scan=scan)
+    assert_same(found, definition(query, item_emb, 20, None, exclude))
+
+
 @given(data=st.data())
 def test_any_restriction_on_few_values(data: st.DataObject) -> None:
     """Small whole numbers, so that most scores tie."""
