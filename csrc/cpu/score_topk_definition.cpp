@@ -35,7 +35,7 @@ class Best {
       for (int64_t i = 0; i < args.n; i++) {
         const uint64_t key = to_key(scores[i], static_cast<uint32_t>(at + i));
         if (key < floor_ || !allowed.has(at + i)) continue;
-        if (denied != nullptr && denied->places != nullptr && denied->has(static_cast<uint32_t>(at + i))) continue;
+        if (denied != nullptr && denied->has(static_cast<uint32_t>(at + i))) continue;
         if (keys.size() == limit_) shrink();
         if (key >= floor_) keys.push_back(key);
       }
@@ -128,7 +128,7 @@ void of_candidates(const Search& search, const Allowed& allowed) {
       for (int64_t i = search.candidates.offsets[query]; i < search.candidates.offsets[query + 1]; i++) {
         const int64_t row = search.candidates.values[i];
         if (!allowed.has(row)) continue;
-        if (none != nullptr && none->places != nullptr && none->has(static_cast<uint32_t>(row))) continue;
+        if (none != nullptr && none->has(static_cast<uint32_t>(row))) continue;
         rows.push_back(static_cast<int32_t>(row));
       }
       std::sort(rows.begin(), rows.end());

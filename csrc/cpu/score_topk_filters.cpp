@@ -9,15 +9,19 @@ namespace fastdiff {
 namespace topk {
 namespace {
 
-// log2 of the places, at least four times the rows listed; 0 for none.
+// log2 of the places, at least twice the rows listed; 0 for none.
 int bits_for(const Search& search, int64_t query) {
-  const int64_t n =
-      search.exclude.offsets == nullptr ? 0 : search.exclude.offsets[query + 1] - search.exclude.offsets[query];
+  if (search.exclude.offsets == nullptr) return 0;
+  const int64_t n = search.exclude.offsets[query + 1] - search.exclude.offsets[query];
   if (n == 0) return 0;
   int bits = 3;
-  while ((int64_t{1} << bits) < 4 * n) bits++;
+  while ((int64_t{1} << bits) < 2 * n) bits++;
   return bits;
 }
+
+// Words of 64 bits: of the marks, and of the places.
+int64_t words_of_marks(int bits) { return bits == 0 ? 0 : int64_t{1} << (bits - 3); }
+int64_t words_of(int bits) { return 5 * words_of_marks(bits); }
 
 }  // namespace
 
@@ -26,36 +30,31 @@ DeniedRows::DeniedRows(const Search& search, const std::vector<int64_t>& which) 
   int64_t total = 0;
   std::vector<int64_t> starts;
   for (const int64_t query : which) {
-    const int bits = bits_for(search, query);
+    denied_.emplace_back();
+    denied_.back().bits = bits_for(search, query);
     starts.push_back(total);
-    if (bits > 0) total += int64_t{1} << bits;
-    denied_.push_back(Denied{nullptr, bits});
+    total += words_of(denied_.back().bits);
   }
-  places_ = Aligned<uint32_t>(total);
+  memory_ = Aligned<uint64_t>(total);
   const int64_t n = static_cast<int64_t>(which.size()), per_task = std::max<int64_t>(1, n / 64);
-  parallel(total > 4096 ? search.threads : 1, (n + per_task - 1) / per_task, [&](int64_t task) {
+  parallel(total > 2048 ? search.threads : 1, (n + per_task - 1) / per_task, [&](int64_t task) {
     for (int64_t i = task * per_task; i < std::min(n, (task + 1) * per_task); i++) {
       Denied& denied = denied_[static_cast<size_t>(i)];
       if (denied.bits == 0) continue;
-      uint32_t* places = places_.get() + starts[static_cast<size_t>(i)];
-      const uint32_t mask = (1u << denied.bits) - 1u;
-      std::fill(places, places + mask + 1, ~0u);
+      denied.marks = memory_.get() + starts[static_cast<size_t>(i)];
+      const int64_t n_marks = words_of_marks(denied.bits);
+      std::fill(denied.marks, denied.marks + n_marks, 0);
+      std::fill(denied.marks + n_marks, denied.marks + words_of(denied.bits), ~uint64_t{0});
+      denied.places = reinterpret_cast<uint32_t*>(denied.marks + n_marks);
       const int64_t query = which[static_cast<size_t>(i)];
       for (int64_t j = search.exclude.offsets[query]; j < search.exclude.offsets[query + 1]; j++) {
-        const uint32_t row = static_cast<uint32_t>(search.exclude.values[j]);
-        uint32_t at = Denied::start(row, denied.bits);
-        while (places[at] != ~0u && places[at] != row) at = (at + 1) & mask;
-        places[at] = row;
+        denied.add(static_cast<uint32_t>(search.exclude.values[j]));
       }
-      denied.places = places;
     }
   });
 }
 
-int64_t DeniedRows::bytes_for(const Search& search, int64_t query) {
-  const int bits = bits_for(search, query);
-  return bits == 0 ? 0 : int64_t{4} << bits;
-}
+int64_t DeniedRows::bytes_for(const Search& search, int64_t query) { return 8 * words_of(bits_for(search, query)); }
 
 Allowed::Allowed(const Search& search) {
   if (search.allowed == nullptr) {

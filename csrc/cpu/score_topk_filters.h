@@ -10,19 +10,33 @@
 namespace fastdiff {
 namespace topk {
 
-// The rows that one query may not be given: a hash table of 2^bits places, ~0 where empty; null for none.
+// The rows that one query may not be given: a hash table of 2^bits places, ~0 where empty; none where bits is 0. Beside
+// it each row has set one of 2^(bits + 3) marks, which answer for most of the other rows: they are a quarter of the
+// memory, and all of it is cold when it is asked, because the item table has gone through the caches.
 struct Denied {
-  const uint32_t* places;
-  int bits;
+  uint32_t* places = nullptr;
+  uint64_t* marks = nullptr;
+  int bits = 0;
 
-  static uint32_t start(uint32_t row, int bits) { return (row * 2654435769u) >> (32 - bits); }
-  void prefetch(uint32_t row) const { __builtin_prefetch(places + start(row, bits)); }
+  static uint64_t hash(uint32_t row) { return row * 0x9e3779b97f4a7c15u; }
+  uint64_t mark(uint64_t hash) const { return hash >> (61 - bits); }
+
+  // Where the row is, or the empty place where it would be.
+  uint32_t& place(uint32_t row, uint64_t hash) const {
+    const uint64_t mask = (uint64_t{1} << bits) - 1u;
+    uint64_t at = hash >> (64 - bits);
+    while (places[at] != row && places[at] != ~0u) at = (at + 1) & mask;
+    return places[at];
+  }
+  void add(uint32_t row) const {
+    const uint64_t h = hash(row), m = mark(h);
+    marks[m / 64] |= uint64_t{1} << (m % 64);
+    place(row, h) = row;
+  }
   bool has(uint32_t row) const {
-    const uint32_t mask = (1u << bits) - 1u;
-    for (uint32_t at = start(row, bits);; at = (at + 1) & mask) {
-      if (places[at] == row) return true;
-      if (places[at] == ~0u) return false;
-    }
+    if (bits == 0) return false;
+    const uint64_t h = hash(row), m = mark(h);
+    return ((marks[m / 64] >> (m % 64)) & 1u) != 0 && place(row, h) == row;
   }
 };
 
@@ -38,7 +52,7 @@ class DeniedRows {
 
  private:
   std::vector<Denied> denied_;
-  Aligned<uint32_t> places_;
+  Aligned<uint64_t> memory_;
 };
 
 // What is allowed to all.

@@ -66,11 +66,10 @@ Found::Found(Job& job)
 }
 
 void Found::drop_denied(int64_t q) {
-  if (job.denied == nullptr || job.denied[q].places == nullptr) return;
+  if (job.denied == nullptr || job.denied[q].bits == 0) return;
   const Denied denied = job.denied[q];
   Kept& all = kept[static_cast<size_t>(q)];
   int64_t left = checked[static_cast<size_t>(q)];
-  for (int64_t i = left; i < all.count; i++) denied.prefetch(static_cast<uint32_t>(all.row[i]));
   for (int64_t i = left; i < all.count; i++) {
     const float low = all.low[i], high = all.high[i];
     const int32_t row = all.row[i];
