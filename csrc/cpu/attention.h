@@ -10,14 +10,19 @@
 namespace fastdiff {
 
 // The keys and values of one sequence, room for n_keys of them. Keys are turned, so that scores come out side by side:
-//     keys    [heads][width][padded(n_keys)]        values  [n_keys][heads][padded(width)]
+//     keys    [heads][width][padded(n_keys)]        values  [heads][n_keys][padded(width)]
 struct KeyValues {
   float* keys;
   float* values;
   int heads, width, n_keys;
 
   FASTDIFF_INLINE int key_step() const { return padded(n_keys); }
-  FASTDIFF_INLINE int value_step() const { return heads * padded(width); }
+  FASTDIFF_INLINE int64_t values_of_head() const { return int64_t{1} * n_keys * padded(width); }
+  // heads first .. last - 1 alone
+  FASTDIFF_INLINE KeyValues some(int first, int last) const {
+    return {keys + int64_t{1} * first * width * key_step(), values + first * values_of_head(), last - first, width,
+            n_keys};
+  }
 };
 
 FASTDIFF_INLINE int64_t key_floats(int heads, int width, int n_keys) {
@@ -53,10 +58,10 @@ inline void put_keys(const KeyValues& cache, int first, int n, const float* key,
       for (int at = 0; at < some; at++) to[at] = from[at * step];
     }
   }
-  for (int at = 0; at < n; at++) {
-    float* to = cache.values + static_cast<int64_t>(first + at) * cache.value_step();
-    const float* from = value + at * step;
-    for (int head = 0; head < heads; head++, to += wide, from += width) {
+  for (int head = 0; head < heads; head++) {
+    float* to = cache.values + head * cache.values_of_head() + static_cast<int64_t>(first) * wide;
+    const float* from = value + head * width;
+    for (int at = 0; at < n; at++, to += wide, from += step) {
       for (int d = 0; d < width; d++) to[d] = from[d];
       for (int d = width; d < wide; d++) to[d] = 0.0f;
     }
@@ -122,16 +127,17 @@ template <int HG, int V>
 FASTDIFF_INLINE void gather_block(const KeyValues& cache, const float* weights, int seen, int head, int d,
                                   const float* own_weights, const float* own_value, const float* shares,
                                   float* gathered) {
-  const int step = cache.value_step(), wide = padded(cache.width), of_head = cache.key_step();
+  const int wide = padded(cache.width), of_head = cache.key_step();
+  const int64_t step = cache.values_of_head();
   Vec sums[HG][V];
   for (int h = 0; h < HG; h++) {
     for (int v = 0; v < V; v++) sums[h][v] = zero();
   }
-  const float* at = cache.values + head * wide + d;
-  for (int p = 0; p < seen; p++, at += step) {
+  const float* at = cache.values + head * step + d;
+  for (int p = 0; p < seen; p++, at += wide) {
     for (int h = 0; h < HG; h++) {
       const Vec by = set1(weights[(head + h) * of_head + p]);
-      for (int v = 0; v < V; v++) sums[h][v] = fma(by, load(at + h * wide + v * kLanes), sums[h][v]);
+      for (int v = 0; v < V; v++) sums[h][v] = fma(by, load(at + h * step + v * kLanes), sums[h][v]);
     }
   }
   for (int h = 0; h < HG; h++) {

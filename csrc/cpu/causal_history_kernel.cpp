@@ -2,6 +2,7 @@
 #include "causal_history.h"
 
 #include "attention.h"
+#include "rows.h"
 #include "transformer.h"
 
 namespace fastdiff {
@@ -9,39 +10,58 @@ namespace FASTDIFF_LEVEL {
 namespace {
 
 void copy(const float* from, int n, float* to) {
-  for (int i = 0; i < n; i++) to[i] = from[i];
+  for (int at = 0; at < n; at += kLanes) store_n(to + at, load_n(from + at, lanes_left(n, at)), lanes_left(n, at));
 }
 
-// y_j on the unit sphere, a norm under 1e-12 counting as 1e-12.
-void normalize_row(float* row, int dim) {
-  Vec squares = zero();
-  for (int at = 0; at < dim; at += kLanes) {
-    const Vec part = load_n(row + at, dim - at < kLanes ? dim - at : kLanes);
-    squares = fma(part, part, squares);
+// Row r's item, of the user whose rows begin at `begin`.
+const float* item_of(const CausalHistoryArgs& args, int64_t user, int64_t begin, int64_t r) {
+  return args.item_table + args.items[user * args.items_step + (r - begin) + args.item_shift] * args.shape.dim;
+}
+
+// to = y input_scale + time, then + condition where there is one; y is the item, on the unit sphere if it is to be, a norm
+// under 1e-12 counting as 1e-12.
+void clean_input(const CausalHistoryArgs& args, const float* item, const float* condition, float* to) {
+  const int dim = args.shape.dim;
+  float norm = 1.0f;
+  if (args.normalize) {
+    Vec squares = zero();
+    for (int at = 0; at < dim; at += kLanes) {
+      const Vec part = load_n(item + at, lanes_left(dim, at));
+      squares = fma(part, part, squares);
+    }
+    norm = __builtin_sqrtf(sum(squares));
+    if (norm < 1e-12f) norm = 1e-12f;
   }
-  float norm = __builtin_sqrtf(sum(squares));
-  if (norm < 1e-12f) norm = 1e-12f;
-  for (int d = 0; d < dim; d++) row[d] /= norm;
+  const Vec by = set1(args.input_scale);
+  for (int at = 0; at < dim; at += kLanes) {
+    const int n = lanes_left(dim, at);
+    Vec y = load_n(item + at, n);
+    if (args.normalize) y = y / set1(norm);
+    y = by * y + load_n(args.time + at, n);
+    if (condition != nullptr) y = load_n(condition + at, n) + y;
+    store_n(to + at, y, n);
+  }
 }
 
 void make_input(const CausalHistoryArgs& args, const CausalTile& tile) {
   const int dim = args.shape.dim, step = args.shape.step();
   for (int64_t user = tile.first_user; user < tile.last_user; user++) {
-    const int64_t begin = args.starts[user], end = args.starts[user + 1];
-    for (int64_t r = begin > tile.first_row ? begin : tile.first_row; r < end && r < tile.last_row; r++) {
+    const int64_t begin = args.starts[user];
+    const int64_t first = begin > tile.first_row ? begin : tile.first_row;
+    const int64_t last = args.starts[user + 1] < tile.last_row ? args.starts[user + 1] : tile.last_row;
+    for (int64_t r = first; r < last; r++) {  // the table is large, and its rows are read in no order
+      const float* item = item_of(args, user, begin, r);
+      for (int at = 0; at < dim; at += kPanel) __builtin_prefetch(item + at);
+    }
+    for (int64_t r = first; r < last; r++) {
+      const float* item = item_of(args, user, begin, r);
       float* const to = tile.x + r * step;
-      const int64_t item = args.items[user * args.items_step + (r - begin) + args.item_shift];
-      copy(args.item_table + item * dim, dim, to);
       if (args.norm_weight != nullptr) {
-        layer_norm_rows(to, step, nullptr, 0, 1, dim, args.norm_weight, args.norm_bias, args.norm_eps, to, step);
+        layer_norm_rows(item, dim, nullptr, 0, 1, dim, args.norm_weight, args.norm_bias, args.norm_eps, to, step);
         continue;
       }
-      if (args.normalize) normalize_row(to, dim);
-      for (int d = 0; d < dim; d++) to[d] = args.input_scale * to[d] + args.time[d];
-      if (tile.pass == 0) {
-        const float* condition = args.condition + (args.condition_starts[user] + (r - begin)) * dim;
-        for (int d = 0; d < dim; d++) to[d] = condition[d] + to[d];
-      }
+      const int64_t place = tile.pass == 0 ? (args.condition_starts[user] + (r - begin)) * dim : 0;
+      clean_input(args, item, tile.pass == 0 ? args.condition + place : nullptr, to);
     }
   }
 }
@@ -112,7 +132,7 @@ void finish_rows(const CausalHistoryArgs& args, const CausalTile& tile, int laye
   for (int parts = (n + kMostRows - 1) / kMostRows; parts > 0; parts--) {
     const int some = (n - done + parts - 1) / parts;
     float* const x = tile.x + (tile.first_row + done) * step;
-    finish_block(block, x, gathered + static_cast<int64_t>(done) * step, some, rest);
+    finish_block(block, x, gathered + static_cast<int64_t>(done) * step, some, rest, Alone{});
     done += some;
   }
 }
@@ -144,7 +164,7 @@ void finish_last(const CausalHistoryArgs& args, const CausalTile& tile, int laye
       attend(of_user.cache, query + i * qkv_step, false, of_user.bias, of_user.cache.n_keys, nullptr, nullptr,
              gathered + i * step, at);
     }
-    finish_block(block, h, gathered, n, rest);
+    finish_block(block, h, gathered, n, rest, Alone{});
     for (int i = 0; i < n; i++) copy(h + i * step, dim, args.last + of[i] * dim);
   }
 }

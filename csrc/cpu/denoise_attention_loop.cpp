@@ -1,5 +1,8 @@
 #include "denoise_attention_loop.h"
 
+#include <atomic>
+#include <thread>
+
 #include "../step_noise.h"
 #include "scratch.h"
 #include "thread_pool.h"
@@ -8,6 +11,52 @@
 namespace fastdiff {
 
 namespace {
+
+// Every task some rows, as many of both for each thread as can be.
+void run_tasks(const AttentionLoopArgs& args) {
+  const int threads = num_threads();
+  const int64_t rows = args.rows, most = rows_per_task(args);
+  int64_t tasks = (rows + most - 1) / most;
+  if (tasks % threads != 0 && tasks < 8 * threads) tasks = std::min(rows, (tasks / threads + 1) * threads);
+  const auto kernel = FASTDIFF_PICK(denoise_attention_loop);
+  parallel(threads, tasks, [&](int64_t task) {
+    const int64_t first = rows * task / tasks, last = rows * (task + 1) / tasks;
+    kernel(args, first, last, scratch(attention_loop_floats(args, first, last)));
+  });
+}
+
+// All rows by one team, where that is faster; false where it is not.
+bool run_team(const AttentionLoopArgs& args) {
+  // After a team broke up, the machine being busy, so many calls do without one.
+  constexpr int kCallsAlone = 16;
+  static std::atomic<int> alone{0};
+  const int most = std::min({num_threads(), args.shape.heads, Team::kMost});
+  if (most < 2 || args.steps < 2 || passes_of(args, args.rows) > kTeamPasses) return false;
+  if (alone.load(std::memory_order_relaxed) > 0) {
+    alone.fetch_sub(1, std::memory_order_relaxed);
+    return false;
+  }
+  Team team(meetings_of_step(args), most);
+  AttentionLoopShared shared{};
+  const auto lead = FASTDIFF_PICK(lead_attention_loop);
+  const auto help = FASTDIFF_PICK(help_attention_loop);
+  const std::thread::id caller = std::this_thread::get_id();
+  bool led = false;  // the caller leads, whichever task it comes to first
+  const auto lead_once = [&] {
+    if (led) return;
+    led = true;
+    if (!lead(args, team, shared, scratch(attention_loop_floats(args, 0, args.rows, true)))) {
+      alone.store(kCallsAlone, std::memory_order_relaxed);
+    }
+  };
+  const int most_keys = most_keys_of(args, 0, args.users - 1);
+  parallel(most, most, [&](int64_t) {
+    if (std::this_thread::get_id() == caller) return lead_once();
+    help(args, team, shared, scratch(loop_own_floats(args, args.rows, most_keys)));
+  });
+  lead_once();
+  return true;
+}
 
 Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& blocks, int64_t hidden, int64_t heads,
                               double eps, const Tensor& cond, const Tensor& keys_values, const Tensor& lengths,
@@ -57,16 +106,7 @@ Tensor denoise_attention_loop(const Tensor& x_t, const std::vector<Tensor>& bloc
   args.guidance_scale = static_cast<float>(guidance_scale), args.input_scale = static_cast<float>(input_scale);
   args.normalize = normalize;
 
-  // as many tasks for each thread, of as many rows, as can be
-  const int threads = num_threads();
-  const int64_t most = rows_per_task(args);
-  int64_t tasks = (rows + most - 1) / most;
-  if (tasks % threads != 0 && tasks < 8 * threads) tasks = std::min(rows, (tasks / threads + 1) * threads);
-  const auto kernel = FASTDIFF_PICK(denoise_attention_loop);
-  parallel(threads, tasks, [&](int64_t task) {
-    const int64_t first = rows * task / tasks, last = rows * (task + 1) / tasks;
-    kernel(args, first, last, scratch(attention_loop_floats(args, first, last)));
-  });
+  if (!run_team(args)) run_tasks(args);
   return x_0;
 }
 

@@ -359,6 +359,17 @@ FASTDIFF_INLINE void store_in_turn(float* p, Vec a, Vec b, Vec c, Vec d) {
 // parts of a vector.
 constexpr int four_in_turn(int lane) { return kLanes / 4 * (lane % 4) + lane / 4; }
 
+// a 2^n for whole n in -252 .. 254, rounded once where the result is subnormal
+#if defined(__AVX512F__)
+FASTDIFF_INLINE Vec scale(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+#else
+FASTDIFF_INLINE Vec scale(Vec a, Vec n) {  // in two factors: 2^n alone may be too small or too large for a float
+  const Vec half = round(n * set1(0.5f));
+  const auto power = [](Vec m) { return as_float(shift_left<23>(to_int(m) + iset1(127))); };
+  return a * power(half) * power(n - half);
+}
+#endif
+
 // The sum of all lanes and the largest of them. Halves are added to halves, then quarters: a tree of its own for each
 // level. `largest` is not for NaN.
 #if defined(__AVX512F__)

@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "spin.h"
+
 namespace fastdiff {
 namespace {
 
@@ -21,14 +23,6 @@ namespace {
 // to 60 us on a virtual machine, as long as a small call; looking any longer takes the processor from others.
 constexpr std::chrono::microseconds kPatience{200};
 constexpr int kMostWorkers = 255;
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 // Waits for `done` for a while. Between looks it gives way, so that on a busy machine others run meanwhile.
 template <class Condition>

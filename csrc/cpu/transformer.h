@@ -19,23 +19,37 @@ FASTDIFF_INLINE Mask first_n(int n) {
   return greater(set1(static_cast<float>(n)), load(lane));
 }
 
-// `linear` for any number of rows, as evenly spread over register blocks as can be: 7 rows are 4 and 3, not 6 and 1.
-inline void linear_spread(const Linear& layer, const float* x, int64_t x_step, int rows, float* y, int64_t y_step,
-                          int first_panel = 0, int last_panel = -1) {
-  const int first = first_panel * kVecsPerPanel;
-  const int last = (last_panel < 0 ? padded(layer.n_out) / kPanel : last_panel) * kVecsPerPanel;
+// V vectors of outputs for any number of rows, as evenly spread over register blocks as can be: 7 rows are 4 and 3, not 6
+// and 1.
+template <int V>
+FASTDIFF_INLINE void linear_strip(const Linear& layer, const float* x, int64_t x_step, int rows, float* y,
+                                  int64_t y_step, int first) {
   for (int blocks = (rows + kMostRows - 1) / kMostRows; blocks > 0; blocks--) {
     const int n = (rows + blocks - 1) / blocks;
     switch (n) {
-      case 6: linear_rows<6>(layer, x, x_step, y, y_step, first, last, false); break;
-      case 5: linear_rows<5>(layer, x, x_step, y, y_step, first, last, false); break;
-      case 4: linear_rows<4>(layer, x, x_step, y, y_step, first, last, false); break;
-      case 3: linear_rows<3>(layer, x, x_step, y, y_step, first, last, false); break;
-      case 2: linear_rows<2>(layer, x, x_step, y, y_step, first, last, false); break;
-      default: linear_rows<1>(layer, x, x_step, y, y_step, first, last, false);
+      case 6: linear_block<6, V>(layer, x, x_step, y, y_step, first, false); break;
+      case 5: linear_block<5, V>(layer, x, x_step, y, y_step, first, false); break;
+      case 4: linear_block<4, V>(layer, x, x_step, y, y_step, first, false); break;
+      case 3: linear_block<3, V>(layer, x, x_step, y, y_step, first, false); break;
+      case 2: linear_block<2, V>(layer, x, x_step, y, y_step, first, false); break;
+      default: linear_block<1, V>(layer, x, x_step, y, y_step, first, false);
     }
     x += n * x_step, y += n * y_step, rows -= n;
   }
+}
+
+// `linear` for any number of rows. All rows pass over a few panels before the next ones are read: weights that do not fit
+// the second cache come from afar once, whatever the number of rows.
+inline void linear_spread(const Linear& layer, const float* x, int64_t x_step, int rows, float* y, int64_t y_step,
+                          int first_panel = 0, int last_panel = -1) {
+  int first = first_panel * kVecsPerPanel;
+  const int last = (last_panel < 0 ? padded(layer.n_out) / kPanel : last_panel) * kVecsPerPanel;
+  if (rows == 1) return linear_rows<1>(layer, x, x_step, y, y_step, first, last, false);
+  for (; first + kBlockVecs <= last; first += kBlockVecs) {
+    linear_strip<kBlockVecs>(layer, x, x_step, rows, y, y_step, first);
+  }
+  if (first + 2 <= last) linear_strip<2>(layer, x, x_step, rows, y, y_step, first), first += 2;
+  if (first < last) linear_strip<1>(layer, x, x_step, rows, y, y_step, first);
 }
 
 // y = LN(x + residual) = (s - mean s) / sqrt(var s + eps) * weight + bias over the dim numbers of each row; var is
@@ -88,18 +102,48 @@ inline void gelu_tanh_rows(float* x, int64_t step, int rows, int width) {
   }
 }
 
+// Who does all of the work. Members of a team (team.h) each do a part of every layer's outputs, and meet in between.
+struct Alone {
+  static constexpr int member = 0, count = 1;
+  bool meet() const { return true; }
+};
+
+// Where a part of n things begins; it ends where the next one begins.
+template <class Part>
+FASTDIFF_INLINE int part_begin(const Part& part, int n) {
+  return n * part.member / part.count;
+}
+template <class Part>
+FASTDIFF_INLINE int part_end(const Part& part, int n) {
+  return n * (part.member + 1) / part.count;
+}
+
+template <class Part>
+FASTDIFF_INLINE void linear_part(const Part& part, const Linear& layer, const float* x, int64_t x_step, int rows,
+                                 float* y, int64_t y_step) {
+  const int panels = padded(layer.n_out) / kPanel;
+  linear_spread(layer, x, x_step, rows, y, y_step, part_begin(part, panels), part_end(part, panels));
+}
+
 // The block after its attention, in place: h [rows, step()] becomes its output. attended [rows, step()] is what the
-// heads gathered; room holds finish_floats(shape, rows).
-inline void finish_block(const Block& block, float* h, const float* attended, int rows, float* room) {
+// heads gathered; room holds finish_floats(shape, rows). Members of a team share attended and room, and have h each for
+// itself; false when they did not all come to a meeting.
+template <class Part>
+inline bool finish_block(const Block& block, float* h, const float* attended, int rows, float* room, Part part) {
   const int dim = block.shape.dim, step = block.shape.step(), hidden = block.shape.hidden_step();
   float* const y = room;
   float* const up = room + static_cast<int64_t>(rows) * step;
-  linear_spread(block.out, attended, step, rows, y, step);
+  linear_part(part, block.out, attended, step, rows, y, step);
+  if (!part.meet()) return false;
   layer_norm_rows(y, step, h, step, rows, dim, block.norm_1_weight, block.norm_1_bias, block.shape.eps, h, step);
-  linear_spread(block.up, h, step, rows, up, hidden);
-  gelu_tanh_rows(up, hidden, rows, hidden);
-  linear_spread(block.down, up, hidden, rows, y, step);
+  linear_part(part, block.up, h, step, rows, up, hidden);
+  const int first = part_begin(part, hidden / kPanel) * kPanel, last = part_end(part, hidden / kPanel) * kPanel;
+  gelu_tanh_rows(up + first, hidden, rows, last - first);
+  if (!part.meet()) return false;
+  linear_part(part, block.down, up, hidden, rows, y, step);
+  if (!part.meet()) return false;
   layer_norm_rows(y, step, h, step, rows, dim, block.norm_2_weight, block.norm_2_bias, block.shape.eps, h, step);
+  return true;
 }
 
 }  // namespace FASTDIFF_LEVEL

@@ -28,8 +28,7 @@ FASTDIFF_INLINE Vec exp(Vec x) {
   p = fma(p, r, set1(1.66665122e-1f));
   p = fma(p, r, set1(0.5f));
   p = fma(p, r * r, r) + set1(1.0f);
-  const Vec half = round(n * set1(0.5f));  // in two factors: 2^n alone may be too small or too large for a float
-  return p * power_of_two(half) * power_of_two(n - half);
+  return scale(p, n);
 }
 
 FASTDIFF_INLINE Vec negate(Vec x) { return as_float(as_int(x) ^ iset1(0x80000000u)); }
@@ -142,8 +141,8 @@ FASTDIFF_INLINE Vec gelu(Vec x) {
 
 // x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) = x sigmoid(2 sqrt(2 / pi) (..))
 FASTDIFF_INLINE Vec gelu_tanh(Vec x) {
-  const Vec inner = fma(x * x, set1(0.0713548162f), set1(1.59576912f)) * x;
-  return x / (set1(1.0f) + exp(negate(inner)));
+  const Vec opposite = fma(x * x, set1(-0.0713548162f), set1(-1.59576912f)) * x;
+  return x / (set1(1.0f) + exp(opposite));
 }
 
 }  // namespace FASTDIFF_LEVEL
