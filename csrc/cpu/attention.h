@@ -5,6 +5,7 @@
 #pragma once
 
 #include "linear.h"
+#include "rows.h"
 #include "transformer.h"
 
 namespace fastdiff {
@@ -36,6 +37,9 @@ FASTDIFF_INLINE int64_t value_floats(int heads, int width, int n_keys) {
 FASTDIFF_INLINE int64_t attend_floats(int heads, int n_keys) {
   return int64_t{1} * heads * padded(n_keys) + 4 * padded(heads);
 }
+
+// The same for attend_causal.
+FASTDIFF_INLINE int64_t attend_causal_floats(int n_keys) { return int64_t{kMostRows} * padded(n_keys); }
 
 namespace FASTDIFF_LEVEL {
 
@@ -241,6 +245,98 @@ inline void attend(const KeyValues& cache, const float* query, bool even, const 
     for (; d < width; d += kLanes) {
       gather_block<1, 1>(cache, scores, seen, head, d, own, own_value, shares, gathered);
     }
+  }
+}
+
+// y[r][..] = start + sum_k x[r][k] w[k][..] for R rows and V vectors; rows of w are w_step apart. start may be null for 0.
+template <int R, int V>
+FASTDIFF_INLINE void product_block(const float* x, int64_t x_step, int n, const float* w, int64_t w_step,
+                                   const float* start, float* y, int64_t y_step) {
+  Vec sums[R][V];
+  for (int v = 0; v < V; v++) {
+    const Vec from = start == nullptr ? zero() : load(start + v * kLanes);
+    for (int r = 0; r < R; r++) sums[r][v] = from;
+  }
+  for (int k = 0; k < n; k++, w += w_step) {
+    Vec of_k[V];
+    for (int v = 0; v < V; v++) of_k[v] = load(w + v * kLanes);
+    for (int r = 0; r < R; r++) {
+      const Vec by = set1(x[r * x_step + k]);
+      for (int v = 0; v < V; v++) sums[r][v] = fma(by, of_k[v], sums[r][v]);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    for (int v = 0; v < V; v++) store(y + r * y_step + v * kLanes, sums[r][v]);
+  }
+}
+
+template <int R>
+FASTDIFF_INLINE void product_rows(const float* x, int64_t x_step, int n, const float* w, int64_t w_step,
+                                  const float* start, float* y, int64_t y_step, int width) {
+  int at = 0;
+  const auto next = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    product_block<R, V>(x, x_step, n, w + at, w_step, start == nullptr ? nullptr : start + at, y + at, y_step);
+    at += V * kLanes;
+  };
+  while (at + kBlockVecs * kLanes <= width) next(Count<kBlockVecs>{});
+  while (at + 2 * kLanes <= width) next(Count<2>{});
+  while (at < width) next(Count<1>{});
+}
+
+// `attend` for R queries of one history, query r over the first first_seen + r keys and no own one: the same bits. All
+// are computed for as many keys as the last one sees, and weigh 0 where they do not see.
+template <int R>
+inline void attend_block(const KeyValues& cache, const float* queries, int64_t query_step, const float* bias,
+                         int first_seen, float* gathered, int64_t gathered_step, float* scores) {
+  const int width = cache.width, wide = padded(width), step = cache.key_step(), most = first_seen + R - 1;
+  const int needed = (most + kLanes - 1) / kLanes * kLanes;
+  for (int head = 0; head < cache.heads; head++) {
+    product_rows<R>(queries + head * width, query_step, width, cache.keys + int64_t{1} * head * width * step, step, bias,
+                    scores, step, needed);
+    float shares[R];
+    for (int r = 0; r < R; r++) {
+      float* const of_row = scores + r * step;
+      const int seen = first_seen + r;
+      Vec high = set1(-__builtin_inff());
+      for (int p = seen / kLanes * kLanes; p < needed; p += kLanes) {
+        store(of_row + p, select(first_n(seen - p), load(of_row + p), set1(-__builtin_inff())));
+      }
+      for (int p = 0; p < needed; p += kLanes) high = max(high, load(of_row + p));
+      const Vec top = set1(largest(high));
+      Vec total = zero();
+      for (int p = 0; p < needed; p += kLanes) {
+        const Vec weight = weight_of(load(of_row + p) - top);
+        store(of_row + p, weight);
+        total = total + weight;
+      }
+      shares[r] = 1.0f / sum(total);
+    }
+    alignas(64) float sums[R * 4 * kPanel];
+    const float* values = cache.values + head * cache.values_of_head();
+    for (int from = 0; from < width; from += 4 * kPanel) {
+      const int n = wide - from < 4 * kPanel ? wide - from : 4 * kPanel;
+      product_rows<R>(scores, step, most, values + from, wide, nullptr, sums, 4 * kPanel, n);
+      for (int r = 0; r < R; r++) {
+        float* const to = gathered + r * gathered_step + head * width + from;
+        for (int at = 0; at < n && from + at < width; at += kLanes) {
+          store_n(to + at, load(sums + r * 4 * kPanel + at) * set1(shares[r]), lanes_left(width - from, at));
+        }
+      }
+    }
+  }
+}
+
+// attend_block for any number of rows; room holds attend_causal_floats(n_keys).
+inline void attend_causal(const KeyValues& cache, const float* queries, int64_t query_step, int rows, const float* bias,
+                        int first_seen, float* gathered, int64_t gathered_step, float* room) {
+  for (int blocks = (rows + kMostRows - 1) / kMostRows; blocks > 0; blocks--) {
+    const int n = (rows + blocks - 1) / blocks;
+    const auto attend_n = [&](auto count) {
+      attend_block<decltype(count)::value>(cache, queries, query_step, bias, first_seen, gathered, gathered_step, room);
+    };
+    with_count(n, attend_n);
+    queries += n * query_step, gathered += n * gathered_step, first_seen += n, rows -= n;
   }
 }
 

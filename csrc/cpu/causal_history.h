@@ -64,9 +64,9 @@ FASTDIFF_INLINE int64_t causal_stage_floats(const CausalHistoryArgs& args, int64
   const BlockShape& shape = args.shape;
   const int keys = static_cast<int>(longest) + 1, width = shape.dim / shape.heads;
   const int64_t cache = key_floats(shape.heads, width, keys) + value_floats(shape.heads, width, keys) + padded(keys) +
-                        attend_floats(shape.heads, keys);
-  const int64_t finish = finish_floats(shape, 6);
-  return tile_rows * shape.step() + int64_t{6} * (2 * shape.step() + shape.qkv_step()) +
+                        attend_floats(shape.heads, keys) + attend_causal_floats(keys);
+  const int64_t finish = finish_floats(shape, kMostRows);
+  return tile_rows * shape.step() + int64_t{kMostRows} * (2 * shape.step() + shape.qkv_step()) +
          (cache > finish ? cache : finish);
 }
 

@@ -122,10 +122,8 @@ void finish_rows(const CausalHistoryArgs& args, const CausalTile& tile, int laye
     if (first >= last) continue;
     float* at = rest;
     const UserKeys of_user = keys_of(args, tile, layer, user, last, at);
-    for (int64_t r = first; r < last; r++) {
-      attend(of_user.cache, tile.seen + r * qkv_step, false, of_user.bias, static_cast<int>(r - begin) + 2, nullptr,
-             nullptr, gathered + (r - tile.first_row) * step, at);
-    }
+    attend_causal(of_user.cache, tile.seen + first * qkv_step, qkv_step, static_cast<int>(last - first), of_user.bias,
+                  static_cast<int>(first - begin) + 2, gathered + (first - tile.first_row) * step, step, at);
   }
   const Block block(args.blocks[layer], shape);
   int done = 0;

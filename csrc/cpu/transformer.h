@@ -9,14 +9,33 @@
 #include "vecmath.h"
 
 namespace fastdiff {
-namespace FASTDIFF_LEVEL {
 
 constexpr int kMostRows = 6;  // of one register block, at every level
+
+namespace FASTDIFF_LEVEL {
 
 // The lanes below n of a vector: those of a row's last, partial vector.
 FASTDIFF_INLINE Mask first_n(int n) {
   alignas(64) static const float lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return greater(set1(static_cast<float>(n)), load(lane));
+}
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// run(Count<n>{}) for n in 1 .. kMostRows.
+template <class Run>
+FASTDIFF_INLINE void with_count(int n, const Run& run) {
+  switch (n) {
+    case 6: return run(Count<6>{});
+    case 5: return run(Count<5>{});
+    case 4: return run(Count<4>{});
+    case 3: return run(Count<3>{});
+    case 2: return run(Count<2>{});
+    default: return run(Count<1>{});
+  }
 }
 
 // V vectors of outputs for any number of rows, as evenly spread over register blocks as can be: 7 rows are 4 and 3, not 6
@@ -26,14 +45,9 @@ FASTDIFF_INLINE void linear_strip(const Linear& layer, const float* x, int64_t x
                                   int64_t y_step, int first) {
   for (int blocks = (rows + kMostRows - 1) / kMostRows; blocks > 0; blocks--) {
     const int n = (rows + blocks - 1) / blocks;
-    switch (n) {
-      case 6: linear_block<6, V>(layer, x, x_step, y, y_step, first, false); break;
-      case 5: linear_block<5, V>(layer, x, x_step, y, y_step, first, false); break;
-      case 4: linear_block<4, V>(layer, x, x_step, y, y_step, first, false); break;
-      case 3: linear_block<3, V>(layer, x, x_step, y, y_step, first, false); break;
-      case 2: linear_block<2, V>(layer, x, x_step, y, y_step, first, false); break;
-      default: linear_block<1, V>(layer, x, x_step, y, y_step, first, false);
-    }
+    with_count(n, [&](auto count) {
+      linear_block<decltype(count)::value, V>(layer, x, x_step, y, y_step, first, false);
+    });
     x += n * x_step, y += n * y_step, rows -= n;
   }
 }
