@@ -3,19 +3,14 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <chrono>
 
 namespace fastdiff {
-namespace {
 
-// How long one is waited for: many times what a round takes.
-constexpr std::chrono::microseconds kMoment{100};
-
-}  // namespace
+int Team::members() const { return std::min(come_.load(std::memory_order_acquire), most_); }
 
 int Team::open() {
   const bool broken = broken_.load(std::memory_order_acquire);
-  const int count = broken ? 1 : std::min(come_.load(std::memory_order_acquire), most_);
+  const int count = broken ? 1 : members();
   places_[0].meeting_here = round_ * meetings_;
   round_++;
   if (count > 1) opened_.store(round_ * (kMost + 1) + count, std::memory_order_release);
@@ -47,7 +42,7 @@ int Team::follow(int member, int64_t& round) {
 }
 
 bool Team::wait_longer(const std::atomic<int64_t>& value, int64_t least) {
-  const auto until = std::chrono::steady_clock::now() + kMoment;
+  const auto until = std::chrono::steady_clock::now() + patience_;
   do {
     for (int look = 0; look < 32; look++) {
       if (value.load(std::memory_order_acquire) >= least) return true;

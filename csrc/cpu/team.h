@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 
 #include "spin.h"
@@ -21,8 +22,13 @@ class Team {
  public:
   static constexpr int kMost = 8;
 
-  // meetings of a round, and how many members there may be, the leader among them
-  Team(int meetings, int most) : meetings_(meetings), most_(most < kMost ? most : kMost) {}
+  // meetings of a round, how many members there may be, the leader among them, and how long one is waited for: many times
+  // what a round takes
+  Team(int meetings, int most, std::chrono::microseconds patience = std::chrono::microseconds(100))
+      : meetings_(meetings), most_(most < kMost ? most : kMost), patience_(patience) {}
+
+  // How many have come, the leader among them.
+  int members() const;
 
   // For the leader, member 0. Opens the next round and says how many take part, those with the numbers below; 1 is the
   // leader alone. They all see what it wrote before.
@@ -67,6 +73,7 @@ class Team {
     int64_t meeting_here = 0, opened = 0;  // the member's own: its last meeting and its last round's opened_
   };
   const int meetings_, most_;
+  const std::chrono::microseconds patience_;
   int64_t round_ = 0;
   alignas(64) std::atomic<int64_t> opened_{0};  // round_ (kMost + 1) + count, or kOver
   alignas(64) std::atomic<int> come_{1};

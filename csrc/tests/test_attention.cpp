@@ -1,6 +1,7 @@
 // denoise_attention_loop and causal_stage against plain loops in double, over odd sizes, at every level.
 #include <algorithm>
 #include <memory>
+#include <thread>
 
 #include "../cpu/causal_history.h"
 #include "../cpu/denoise_attention_loop.h"
@@ -157,6 +158,34 @@ void check_loop(int heads, int width, const std::vector<int64_t>& slots, int bra
   }
   expect_close(whole, want, 2e-4, what);
   EXPECT(whole == parts, what, ": a row's bits depend on the rows beside it");
+  if (heads < 2) return;
+  for (const int members : {2, 3}) {
+    std::vector<float> together(rows * dim, kNaN);
+    args.x_0 = together.data();
+    Team team(meetings_of_step(args), std::min(members, heads), std::chrono::minutes(1));
+    AttentionLoopShared shared{};
+    std::vector<std::thread> helpers;
+    for (int helper = 1; helper < members; helper++) {  // one more than heads finds no place
+      helpers.emplace_back([&] {
+        std::vector<float> room(loop_own_floats(args, rows, most_keys_of(args, 0, users - 1)), kNaN);
+        FASTDIFF_PICK(help_attention_loop)(args, team, shared, room.data());
+      });
+    }
+    while (team.members() < std::min(members, heads)) std::this_thread::yield();
+    std::vector<float> room(attention_loop_floats(args, 0, rows, true), kNaN);
+    const bool stayed = FASTDIFF_PICK(lead_attention_loop)(args, team, shared, room.data());
+    for (std::thread& helper : helpers) helper.join();
+    EXPECT(stayed, what, ": the team broke up");
+    EXPECT(whole == together, what, ": a row's bits depend on how many compute it");
+  }
+  std::vector<float> alone(rows * dim, kNaN);  // one came and never does anything: the leader goes on without it
+  args.x_0 = alone.data();
+  Team team(meetings_of_step(args), 2);
+  AttentionLoopShared shared{};
+  EXPECT(team.join() == 1, "the first place");
+  std::vector<float> room(attention_loop_floats(args, 0, rows, true), kNaN);
+  EXPECT(!FASTDIFF_PICK(lead_attention_loop)(args, team, shared, room.data()), what, ": a team of one that sleeps");
+  EXPECT(whole == alone, what, ": a row's bits depend on a team that broke up");
 }
 
 // --- histories ------------------------------------------------------------------------------------------------------

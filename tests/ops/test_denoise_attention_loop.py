@@ -297,14 +297,18 @@ built = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ ops are not bu
 
 @built
 @pytest.mark.parametrize("branches", [1, 2])
-def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(branches: int) -> None:
+@pytest.mark.parametrize(("heads", "dim"), [(2, 36), (4, 64)])
+def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(
+    branches: int, heads: int, dim: int
+) -> None:
+    """Few rows are computed by several threads together, each some of the heads and outputs."""
     users = [(n % 3, n) for n in (7, 0, 49, 1, 16, 15, 14, 30, 2, 3, 5)]
     uniform = [n == 0 for _, n in users]
-    arguments = in_float32(problem(users=users, dim=36, heads=2, samples=2, branches=branches, uniform=uniform))
+    arguments = in_float32(problem(users=users, dim=dim, heads=heads, samples=2, branches=branches, uniform=uniform))
     loop = denoise_attention_loop.bind("cpu", "cpu")
     whole = loop(*arguments.values()).view(len(users), 2, -1)
     prefix, starts = arguments["prefix"], [0, *torch.tensor([n for _, n in users]).cumsum(0).tolist()]
-    for threads in (1, 2, 5):
+    for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         assert torch.equal(loop(*arguments.values()).view_as(whole), whole)
         for order in ([0], [2, 1], [9, 4, 2, 8, 3], list(range(10, -1, -1))):
