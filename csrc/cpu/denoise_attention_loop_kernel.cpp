@@ -3,22 +3,13 @@
 
 #include "attention.h"
 #include "philox.h"
+#include "room.h"
 #include "sampler_update.h"
 #include "transformer.h"
 
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
 namespace {
-
-// The parts of a room, each from a panel's boundary on.
-struct Room {
-  float* at;
-  float* take(int64_t floats) {
-    float* here = at;
-    at += (floats + kPanel - 1) / kPanel * kPanel;
-    return here;
-  }
-};
 
 // Rows that are computed together, and what stands for them from step to step.
 struct Rows {
@@ -114,7 +105,7 @@ void attend_heads(const AttentionLoopArgs& args, const Rows& of, const Work& wor
   }
 }
 
-// The blocks' output for rows x of step i, in work.h; false when the members of a team did not all come to a meeting.
+// The blocks' output for rows x of step i, in work.h; false where this part of a team is not to have it: see Team::meet.
 template <class Part>
 bool run_step(const AttentionLoopArgs& args, const Rows& of, const Work& work, int i, const float* x, Part part) {
   const BlockShape& shape = args.shape;
@@ -234,7 +225,7 @@ void help_attention_loop(const AttentionLoopArgs& args, Team& team, const Attent
     Rows of = all;
     of.cache = shared.cache, of.bias = shared.bias;
     const Work work(args, of, room, shared.work);
-    if (!run_step(args, of, work, static_cast<int>(round), shared.x, Member{team, member, count})) return;
+    run_step(args, of, work, static_cast<int>(round), shared.x, Member{team, member, count});
   }
 }
 

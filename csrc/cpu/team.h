@@ -43,11 +43,11 @@ class Team {
   int follow(int member, int64_t& round);
 
   // The next meeting of this round, for `member` of `count`: what they all wrote before, this one sees after. False when
-  // the team broke up. At the last one of a round only the leader waits.
+  // the team broke up, and for all but the leader at the last meeting of a round: they have brought what they had to.
   FASTDIFF_TEAM_INLINE bool meet(int member, int count) {
     const int64_t now = ++places_[member].meeting_here;
     places_[member].meeting.store(now, std::memory_order_release);
-    if (member > 0 && now % meetings_ == 0) return true;
+    if (member > 0 && now % meetings_ == 0) return false;
     for (int other = 0; other < count; other++) {
       if (other != member && !wait(places_[other].meeting, now)) return false;
     }

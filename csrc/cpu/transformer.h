@@ -141,7 +141,7 @@ FASTDIFF_INLINE void linear_part(const Part& part, const Linear& layer, const fl
 
 // The block after its attention, in place: h [rows, step()] becomes its output. attended [rows, step()] is what the
 // heads gathered; room holds finish_floats(shape, rows). Members of a team share attended and room, and have h each for
-// itself; false when they did not all come to a meeting.
+// itself; false where a member is to stop (Team::meet).
 template <class Part>
 inline bool finish_block(const Block& block, float* h, const float* attended, int rows, float* room, Part part) {
   const int dim = block.shape.dim, step = block.shape.step(), hidden = block.shape.hidden_step();

@@ -17,8 +17,9 @@ void members_see_what_others_wrote(int members, int rounds, int meetings) {
   const auto round_of = [&](int member, int count, int round) {
     for (int meeting = 0; meeting < meetings; meeting++) {
       written[meeting][member] = round;
-      if (!team.meet(member, count)) return false;
-      if (member > 0 && meeting + 1 == meetings) break;  // the leader alone waits
+      const bool met = team.meet(member, count);
+      if (member > 0 && meeting + 1 == meetings) return !met;  // the leader alone goes on
+      if (!met) return false;
       for (int other = 0; other < count; other++) {
         EXPECT(written[meeting][other] == round, "member ", member, " met ", other, " too early");
       }
