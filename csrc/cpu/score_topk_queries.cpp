@@ -60,7 +60,7 @@ Product product_for(const Table& table, Few few) {
     return now >= Level::avx512_vnni ? Product::int8 : Product::float32;
   }
   if (now >= Level::amx) return Product::bfloat16_tiles;
-  if (now >= Level::avx512_bf16 && stored == Stored::bfloat16 && fast_bfloat16()) return Product::bfloat16;
+  if (now >= Level::avx512_bf16 && fast_bfloat16()) return Product::bfloat16;
   return Product::float32;
 }
 
