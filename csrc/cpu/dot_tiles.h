@@ -6,7 +6,7 @@
 // what else is in the tile.
 #pragma once
 
-#include "dot_panel.h"
+#include "dot_rows.h"
 
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
@@ -24,17 +24,22 @@ constexpr int kPerPanel = 16 / kLanes;  // vectors of one panel's word
 // panel: kItems / 16 panels of [words, 16], one behind the other; queries [n, words]
 template <int n>
 FASTDIFF_INLINE void dot_float32(const float* panel, const float* query, int64_t words, Vec sums[n][kVectors]) {
+#pragma GCC unroll 6
   for (int q = 0; q < n; q++) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) sums[q][v] = zero();
   }
   const int64_t apart = words * 16;
   for (int64_t word = 0; word < words; word++) {
     Vec item[kVectors];
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) {
       item[v] = load(panel + word * 16 + v / kPerPanel * apart + v % kPerPanel * kLanes);
     }
+#pragma GCC unroll 6
     for (int q = 0; q < n; q++) {
       const Vec one = set1(query[q * words + word]);
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) sums[q][v] = fma(item[v], one, sums[q][v]);
     }
   }
@@ -45,16 +50,21 @@ FASTDIFF_INLINE void dot_float32(const float* panel, const float* query, int64_t
 // rows unsigned, queries signed
 template <int n>
 FASTDIFF_INLINE void dot_int8(const float* panel, const uint32_t* query, int64_t words, __m512i sums[n][kVectors]) {
+#pragma GCC unroll 6
   for (int q = 0; q < n; q++) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) sums[q][v] = _mm512_setzero_si512();
   }
   const int64_t apart = words * 16;
   for (int64_t word = 0; word < words; word++) {
     __m512i item[kVectors];
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) item[v] = _mm512_load_si512(panel + word * 16 + v * apart);
+#pragma GCC unroll 6
     for (int q = 0; q < n; q++) {
       const __m512i one = _mm512_set1_epi32(static_cast<int>(query[q * words + word]));
-      for (int v = 0; v < kVectors; v++) sums[q][v] = _mm512_dpbusd_epi32(sums[q][v], item[v], one);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) add_products(sums[q][v], item[v], one);
     }
   }
 }
@@ -65,15 +75,20 @@ FASTDIFF_INLINE void dot_int8(const float* panel, const uint32_t* query, int64_t
 
 template <int n>
 FASTDIFF_INLINE void dot_bfloat16(const float* panel, const uint32_t* query, int64_t words, Vec sums[n][kVectors]) {
+#pragma GCC unroll 6
   for (int q = 0; q < n; q++) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) sums[q][v] = zero();
   }
   const int64_t apart = words * 16;
   for (int64_t word = 0; word < words; word++) {
     __m512bh item[kVectors];
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; v++) item[v] = (__m512bh)_mm512_load_ps(panel + word * 16 + v * apart);
+#pragma GCC unroll 6
     for (int q = 0; q < n; q++) {
       const __m512bh one = (__m512bh)_mm512_set1_epi32(static_cast<int>(query[q * words + word]));
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) sums[q][v].v = _mm512_dpbf16_ps(sums[q][v].v, item[v], one);
     }
   }

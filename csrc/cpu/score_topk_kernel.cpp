@@ -217,21 +217,26 @@ class Scan {
 
   bool whole() const { return args_.product == Product::int8 || args_.product == Product::int8_tiles; }
 
+  // slack of kLanes queries
+  FASTDIFF_INLINE Vec slacks(int64_t q) const {
+    return load(queries_.by_residual + q) * set1(block_->bound.residual) +
+           load(queries_.by_norm + q) * set1(block_->bound.norm) + load(queries_.tiny + q);
+  }
+
   void set_thresholds() {
-    if (!whole()) {
-      float* out = thresholds();
-      for (int64_t q = 0; q < queries_.n_padded; q++) out[q] = slot_.floor[q] - slack(q);
-      return;
-    }
+    float* out = thresholds();
+    for (int64_t q = 0; q < queries_.n_padded; q += kLanes) store(out + q, load(slot_.floor + q) - slacks(q));
+#if defined(__AVX512VNNI__)
+    if (!whole()) return;
     // sum >= zero + (floor - slack) / (scales), rounded down by more than the division may round up
-    int32_t* out = whole_thresholds();
-    for (int64_t q = 0; q < queries_.n_padded; q++) {
-      float low = (slot_.floor[q] - slack(q)) / (queries_.scale[q] * block_->bound.scale);
-      low = low < -0x1p30f ? -0x1p30f : low;
-      low = low > 0x1p30f ? 0x1p30f : low;
-      low -= (low < 0.0f ? -low : low) * 0x1p-20f + 1.0f;
-      out[q] = static_cast<int32_t>(low) + queries_.zero[q];
+    const Vec scale = set1(block_->bound.scale), most = set1(0x1p30f), least = set1(-0x1p30f);
+    for (int64_t q = 0; q < queries_.n_padded; q += 16) {
+      Vec low = min(most, max(least, load(out + q) / (load(queries_.scale + q) * scale)));
+      low = low - (Vec{_mm512_abs_ps(low.v)} * set1(0x1p-20f) + set1(1.0f));
+      const __m512i sum = _mm512_add_epi32(_mm512_cvttps_epi32(low.v), _mm512_loadu_si512(queries_.zero + q));
+      _mm512_storeu_si512(threshold_space() + 4 * q, sum);
     }
+#endif
   }
 
   // --- what is kept --------------------------------------------------------------------------------------------------
@@ -256,21 +261,66 @@ class Scan {
 
   template <int n>
   FASTDIFF_INLINE void compare(int64_t q, int64_t first_item, const Vec sums[n][kVectors]) {
+    constexpr uint32_t kAll = (1u << kLanes) - 1u;
+    const float* const threshold = thresholds() + q;
+    uint32_t below = kAll;
+#pragma GCC unroll 6
     for (int i = 0; i < n; i++) {
-      const Vec threshold = set1(thresholds()[q + i]);
       Vec highest = sums[i][0];
+#pragma GCC unroll 4
       for (int v = 1; v < kVectors; v++) highest = max(highest, sums[i][v]);
-      if (__builtin_expect(bits(greater(threshold, highest)) == (1u << kLanes) - 1u, 1)) continue;
+      below &= bits(greater(set1(threshold[i]), highest));
+    }
+    if (__builtin_expect(below == kAll, 1)) return;
+    float* const out = reinterpret_cast<float*>(sums_);
+#pragma GCC unroll 6
+    for (int i = 0; i < n; i++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) store(out + i * kItems + v * kLanes, sums[i][v]);
+    }
+    keep_reaching<n>(q, first_item);
+  }
+
+  // Of n queries, whose sums were put aside.
+  template <int n>
+  __attribute__((noinline)) void keep_reaching(int64_t q, int64_t first_item) {
+    const float* sums = reinterpret_cast<const float*>(sums_);
+    for (int i = 0; i < n; i++, sums += kItems) {
+      const Vec threshold = set1(thresholds()[q + i]);
+      uint64_t hits = 0;
       for (int v = 0; v < kVectors; v++) {
-        uint32_t hits = ~bits(greater(threshold, sums[i][v])) & ((1u << kLanes) - 1u);
-        if (hits == 0) continue;
-        alignas(64) float score[kLanes];
-        store(score, sums[i][v]);
-        for (; hits != 0; hits &= hits - 1) {
-          const int lane = __builtin_ctz(hits);
-          keep(q + i, first_item + v * kLanes + lane, score[lane]);
-        }
+        const uint32_t below = bits(greater(threshold, load(sums + v * kLanes)));
+        hits |= static_cast<uint64_t>(~below & ((1u << kLanes) - 1u)) << (v * kLanes);
       }
+      if (hits != 0) keep_hits(q + i, first_item, hits, sums);
+    }
+  }
+
+  // Of one query the rows `hits`, a bit for each from `first_item` on, which have these scores.
+  FASTDIFF_INLINE void keep_hits(int64_t q, int64_t first_item, uint64_t hits, const float* scores) {
+#if defined(__AVX512F__)
+    Kept& kept = slot_.kept[q];
+    const bool denied = args_.denied != nullptr && args_.denied[q].places != nullptr;
+    if (!denied && kept.count + kItems < kept.capacity && block_->numbers == nullptr) {
+      hits &= block_->valid;
+      const __m512 room = _mm512_set1_ps(slack(q));
+      __m512i number = _mm512_add_epi32(_mm512_set1_epi32(block_->first),
+                                        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+      for (int at = 0; at < kItems; at += 16, hits >>= 16) {
+        const __mmask16 some = static_cast<__mmask16>(hits);
+        const __m512 score = _mm512_maskz_compress_ps(some, _mm512_load_ps(scores + at));
+        _mm512_storeu_ps(kept.low + kept.count, _mm512_sub_ps(score, room));
+        _mm512_storeu_ps(kept.high + kept.count, _mm512_add_ps(score, room));
+        _mm512_storeu_si512(kept.row + kept.count, _mm512_maskz_compress_epi32(some, number));
+        kept.count += __builtin_popcountll(hits & 0xffff);
+        number = _mm512_add_epi32(number, _mm512_set1_epi32(16));
+      }
+      return;
+    }
+#endif
+    for (; hits != 0; hits &= hits - 1) {
+      const int i = __builtin_ctzll(hits);
+      keep(q, first_item + i, scores[i]);
     }
   }
 
@@ -279,6 +329,37 @@ class Scan {
     Vec sums[n][kVectors];
     dot_float32<n>(panel, queries_.floats + q * dim_, dim_, sums);
     compare<n>(q, item, sums);
+  }
+
+  template <int n>
+  struct Size {
+    static constexpr int kSize = n;
+  };
+
+  // All queries in tiles, tile(Size, first query): as few as can be, and none much smaller than the others.
+  template <class Tile>
+  FASTDIFF_INLINE void for_tiles(const Tile& tile) {
+    int64_t q = 0;
+    const auto take = [&](auto size) __attribute__((always_inline)) {
+      tile(size, q);
+      q += size.kSize;
+    };
+    if constexpr (kQueries == 6) {
+      while (queries_.n - q > 8 || queries_.n - q == 6) take(Size<6>{});
+      while (queries_.n - q > 5) take(Size<4>{});
+      switch (queries_.n - q) {
+        case 5:
+          return take(Size<5>{});
+        case 4:
+          return take(Size<4>{});
+        case 3:
+          return take(Size<3>{});
+        default:
+          break;
+      }
+    }
+    while (queries_.n - q >= 2) take(Size<2>{});
+    if (queries_.n > q) take(Size<1>{});
   }
 
 #if defined(__AVX512F__)
@@ -290,14 +371,36 @@ class Scan {
       for (int64_t q = 0; q < queries_.n; q++) {
         const __m512 scores = dot_rows<Number>(block_->rows + group, queries_.floats + q * dim_, dim_);
         const __m512 threshold = _mm512_set1_ps(thresholds()[q]);
-        uint32_t hits = bits(Mask{_mm512_cmp_ps_mask(scores, threshold, _CMP_GE_OQ)});
+        const uint32_t hits = bits(Mask{_mm512_cmp_ps_mask(scores, threshold, _CMP_GE_OQ)});
         if (__builtin_expect(hits == 0, 1)) continue;
-        alignas(64) float score[16];
-        _mm512_store_ps(score, scores);
-        for (; hits != 0; hits &= hits - 1) {
-          const int lane = __builtin_ctz(hits);
-          keep(q, group + lane, score[lane]);
-        }
+        _mm512_store_ps(reinterpret_cast<float*>(sums_), scores);
+        keep_few(q, group, hits);
+      }
+    }
+  }
+
+  __attribute__((noinline)) void keep_few(int64_t q, int64_t group, uint32_t hits) {
+    const float* scores = reinterpret_cast<const float*>(sums_);
+    for (; hits != 0; hits &= hits - 1) {
+      const int lane = __builtin_ctz(hits);
+      keep(q, group + lane, scores[lane]);
+    }
+  }
+#endif
+
+#if defined(__AVX512VNNI__)
+  void few_int8() {
+    for (int64_t group = 0; group < kBlock; group += 16) {
+      for (int64_t i = 0; i < 16; i++) prefetch(group + i);
+      for (int64_t q = 0; q < queries_.n; q++) {
+        const __m512i sums = dot_rows_int8(block_->rows + group, queries_.words + q * queries_.steps, dim_);
+        const __m512i threshold = _mm512_set1_epi32(whole_thresholds()[q]);
+        const uint32_t hits = bits(Mask{_mm512_cmpge_epi32_mask(sums, threshold)});
+        if (__builtin_expect(hits == 0, 1)) continue;
+        const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(queries_.zero[q])));
+        const __m512 scale = _mm512_set1_ps(queries_.scale[q] * block_->bound.scale);
+        _mm512_store_ps(reinterpret_cast<float*>(sums_), _mm512_mul_ps(whole, scale));
+        keep_few(q, group, hits);
       }
     }
   }
@@ -311,27 +414,7 @@ class Scan {
     const float* panels = wide_panels();
     for (int64_t item = 0; item < kBlock; item += kItems) {
       const float* panel = panels + item * dim_;
-      int64_t q = 0;
-      for (; q + kQueries <= queries_.n; q += kQueries) float32_tile<kQueries>(q, item, panel);
-      switch (queries_.n - q) {
-        case 5:
-          float32_tile < kQueries<5 ? 1 : 5>(q, item, panel);
-          break;
-        case 4:
-          float32_tile < kQueries<4 ? 1 : 4>(q, item, panel);
-          break;
-        case 3:
-          float32_tile < kQueries<3 ? 1 : 3>(q, item, panel);
-          break;
-        case 2:
-          float32_tile<2>(q, item, panel);
-          break;
-        case 1:
-          float32_tile<1>(q, item, panel);
-          break;
-        default:
-          break;
-      }
+      for_tiles([&](auto size, int64_t q) { float32_tile<size.kSize>(q, item, panel); });
     }
   }
 
@@ -345,10 +428,7 @@ class Scan {
 
   void bfloat16() {
     const float* panel = word_panels();
-    int64_t q = 0;
-    for (; q + kQueries <= queries_.n; q += kQueries) bfloat16_tile<kQueries>(q, panel);
-    for (; q + 2 <= queries_.n; q += 2) bfloat16_tile<2>(q, panel);
-    if (q < queries_.n) bfloat16_tile<1>(q, panel);
+    for_tiles([&](auto size, int64_t q) { bfloat16_tile<size.kSize>(q, panel); });
   }
 #else
   void bfloat16() {}
@@ -359,30 +439,48 @@ class Scan {
   void int8_tile(int64_t q, const float* panel) {
     __m512i sums[n][kVectors];
     dot_int8<n>(panel, queries_.words + q * queries_.steps, queries_.steps, sums);
+    const int32_t* const threshold = whole_thresholds() + q;
+    uint32_t reach = 0;
+#pragma GCC unroll 6
     for (int i = 0; i < n; i++) {
+      const __m512i highest =
+          _mm512_max_epi32(_mm512_max_epi32(sums[i][0], sums[i][1]), _mm512_max_epi32(sums[i][2], sums[i][3]));
+      reach |= bits(Mask{_mm512_cmpge_epi32_mask(highest, _mm512_set1_epi32(threshold[i]))});
+    }
+    if (__builtin_expect(reach == 0, 1)) return;
+#pragma GCC unroll 6
+    for (int i = 0; i < n; i++) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) _mm512_store_si512(sums_ + 4 * i * kItems + 64 * v, sums[i][v]);
+    }
+    keep_whole_reaching<n>(q);
+  }
+
+  template <int n>
+  __attribute__((noinline)) void keep_whole_reaching(int64_t q) {
+    char* sums = sums_;
+    for (int i = 0; i < n; i++, sums += 4 * kItems) {
       const __m512i threshold = _mm512_set1_epi32(whole_thresholds()[q + i]);
-      __m512i highest = sums[i][0];
-      for (int v = 1; v < kVectors; v++) highest = _mm512_max_epi32(highest, sums[i][v]);
-      if (__builtin_expect(_mm512_cmpge_epi32_mask(highest, threshold) == 0, 1)) continue;
+      uint64_t hits = 0;
       for (int v = 0; v < kVectors; v++) {
-        uint32_t hits = bits(Mask{_mm512_cmpge_epi32_mask(sums[i][v], threshold)});
-        if (hits == 0) continue;
-        alignas(64) int32_t sum[16];
-        _mm512_store_si512(sum, sums[i][v]);
-        for (; hits != 0; hits &= hits - 1) {
-          const int lane = __builtin_ctz(hits);
-          keep(q + i, v * 16 + lane, score_of(q + i, sum[lane]));
-        }
+        const uint32_t some = bits(Mask{_mm512_cmpge_epi32_mask(_mm512_load_si512(sums + 64 * v), threshold)});
+        hits |= static_cast<uint64_t>(some) << (16 * v);
       }
+      if (hits == 0) continue;
+      const __m512i zero = _mm512_set1_epi32(queries_.zero[q + i]);
+      const __m512 scale = _mm512_set1_ps(queries_.scale[q + i] * block_->bound.scale);
+      for (int v = 0; v < kVectors; v++) {
+        const __m512i sum = _mm512_sub_epi32(_mm512_load_si512(sums + 64 * v), zero);
+        _mm512_store_ps(sums + 64 * v, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), scale));
+      }
+      keep_hits(q + i, 0, hits, reinterpret_cast<const float*>(sums));
     }
   }
 
   void int8() {
+    if (queries_.n <= kFew) return few_int8();
     const float* panel = word_panels();
-    int64_t q = 0;
-    for (; q + kQueries <= queries_.n; q += kQueries) int8_tile<kQueries>(q, panel);
-    for (; q + 2 <= queries_.n; q += 2) int8_tile<2>(q, panel);
-    if (q < queries_.n) int8_tile<1>(q, panel);
+    for_tiles([&](auto size, int64_t q) { int8_tile<size.kSize>(q, panel); });
   }
 #else
   void int8() {}
