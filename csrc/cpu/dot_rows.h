@@ -78,8 +78,9 @@ FASTDIFF_INLINE __m512 dot_rows(const char* const* rows, const float* query, int
 
 // To each word the products of its four numbers, unsigned by signed. GCC 12 moves the sums of a tile to memory and back
 // in every step where this is the intrinsic.
-FASTDIFF_INLINE void add_products(__m512i& sum, __m512i row, __m512i query) {
+FASTDIFF_INLINE __m512i add_products(__m512i sum, __m512i row, __m512i query) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(query));
+  return sum;
 }
 
 // 16 unsigned rows; a query of ceil(dim / 4) words, signed, zero beyond dim
@@ -91,14 +92,14 @@ FASTDIFF_INLINE __m512i dot_rows_int8(const char* const* rows, const uint32_t* q
   for (; at + 64 <= dim; at += 64) {
     const __m512i q = _mm512_loadu_si512(query + at / 4);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) add_products(sums[i], _mm512_loadu_si512(rows[i] + at), q);
+    for (int i = 0; i < 16; i++) sums[i] = add_products(sums[i], _mm512_loadu_si512(rows[i] + at), q);
   }
   if (at < dim) {
     const __mmask64 here = (uint64_t{1} << (dim - at)) - 1u;
     const __mmask16 words = static_cast<__mmask16>((1u << ((dim - at + 3) / 4)) - 1u);
     const __m512i q = _mm512_maskz_loadu_epi32(words, query + at / 4);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) add_products(sums[i], _mm512_maskz_loadu_epi8(here, rows[i] + at), q);
+    for (int i = 0; i < 16; i++) sums[i] = add_products(sums[i], _mm512_maskz_loadu_epi8(here, rows[i] + at), q);
   }
   return sums_of_lanes(sums);
 }

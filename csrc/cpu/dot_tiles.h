@@ -64,7 +64,7 @@ FASTDIFF_INLINE void dot_int8(const float* panel, const uint32_t* query, int64_t
     for (int q = 0; q < n; q++) {
       const __m512i one = _mm512_set1_epi32(static_cast<int>(query[q * words + word]));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) add_products(sums[q][v], item[v], one);
+      for (int v = 0; v < kVectors; v++) sums[q][v] = add_products(sums[q][v], item[v], one);
     }
   }
 }
