@@ -300,8 +300,7 @@ class Scan {
   FASTDIFF_INLINE void keep_hits(int64_t q, int64_t first_item, uint64_t hits, const float* scores) {
 #if defined(__AVX512F__)
     Kept& kept = slot_.kept[q];
-    const bool denied = args_.denied != nullptr && args_.denied[q].places != nullptr;
-    if (!denied && kept.count + kItems < kept.capacity && block_->numbers == nullptr) {
+    if (kept.count + kItems < kept.capacity && block_->numbers == nullptr) {
       hits &= block_->valid;
       const __m512 room = _mm512_set1_ps(slack(q));
       __m512i number = _mm512_add_epi32(_mm512_set1_epi32(block_->first),
