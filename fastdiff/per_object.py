@@ -36,3 +36,18 @@ class PerObject(Generic[Made]):
 
     def __reduce__(self) -> tuple[type[PerObject[Made]], tuple[()]]:
         return PerObject, ()
+
+
+_made: dict[Callable[[Any], Any], PerObject[Any]] = {}
+
+
+def packed(owner: Owner, make: Callable[[Owner], Made]) -> Made:
+    """make(owner), kept as long as `owner` lives. An owner is told by identity; it must not change afterwards.
+
+    make  a function of a module, since it is part of the key. Two threads may both make one; either result serves
+    """
+    cache = _made.get(make)
+    if cache is None:
+        cache = _made.setdefault(make, PerObject())
+    kept: Made = cache.get(owner, make)
+    return kept

@@ -32,6 +32,13 @@ def normal_rows(seed, b_row_key, b_sample, draw, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def draw_rows(seed, b_row_key, b_sample, draw, mask, DTYPE: tl.constexpr):
+    """The same as `fastdiff.noise.PhiloxNoise` gives it in a run of DTYPE: [R, D] float32, 0 where `mask` is 0."""
+    b_normals = normal_rows(seed, b_row_key, b_sample, draw, mask.shape[1]).to(DTYPE)
+    return tl.where(mask, b_normals.to(tl.float32), 0.0)
+
+
+@triton.jit
 def _box_muller(b_a, b_b):
     b_u = ((b_a >> 8) + 1).to(tl.float32) * _SCALE
     b_v = (b_b >> 8).to(tl.float32) * _SCALE

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1: kernels run in NumPy on tensors of the CPU, for tests. Decided when kernels are decorated."""
@@ -20,3 +24,30 @@ def device_int(value: int, device: torch.device) -> Tensor:
     graph can be replayed with another one; values from 2^63 to 2^64 - 1 wrap to negative ones."""
     unsigned = value & 0xFFFFFFFFFFFFFFFF
     return torch.full((1,), unsigned - (unsigned >> 63 << 64), dtype=torch.int64, device=device)
+
+
+def rows_together(x: Tensor) -> Tensor:
+    """x [.., D] with a row's numbers side by side, and no copy where they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; an H200's number where kernels are interpreted."""
+    return 132 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; an H200's where kernels are interpreted."""
+    if device.type == "cpu":
+        return 227 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def require(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise InvalidArgument where an argument of an op has not this shape and dtype: a kernel would read beyond it."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise InvalidArgument(
+            f"{op}: {name} must have shape {list(shape)} and dtype {dtype} (got {list(tensor.shape)}, {tensor.dtype})"
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.kernels.precompile import Case
-from fastdiff.kernels.runtime import next_power_of_2
+from fastdiff.kernels.runtime import next_power_of_2, rows_together
 
 _NUMBERS = 4096  # of a tensor, that one program reads
 
@@ -73,8 +73,8 @@ def sampler_step(
     x_prev = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     if x_prev.numel() == 0:
         return x_prev
-    model_output, x_t = _rows(model_output), _rows(x_t)
-    noise = x_t if noise is None else _rows(noise)
+    model_output, x_t = rows_together(model_output), rows_together(x_t)
+    noise = x_t if noise is None else rows_together(noise)
     block_r, block_d = _blocks(n_rows, dim)
     _sampler_step_kernel[(triton.cdiv(n_rows, block_r),)](
         model_output,
@@ -96,11 +96,6 @@ def sampler_step(
         BLOCK_D=block_d,
     )
     return x_prev
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with a row's numbers side by side."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _blocks(n_rows: int, dim: int) -> tuple[int, int]:

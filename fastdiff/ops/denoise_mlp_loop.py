@@ -126,5 +126,10 @@ def denoise_mlp_loop_ref(
 
 
 denoise_mlp_loop = Op(
-    "denoise_mlp_loop", denoise_mlp_loop_ref, {"cpu": "fastdiff.ops.cpu.denoise_mlp_loop:denoise_mlp_loop"}
+    "denoise_mlp_loop",
+    denoise_mlp_loop_ref,
+    {
+        "cpu": "fastdiff.ops.cpu.denoise_mlp_loop:denoise_mlp_loop",
+        "triton": "fastdiff.kernels.denoise_mlp_loop:denoise_mlp_loop",
+    },
 )

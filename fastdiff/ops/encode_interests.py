@@ -73,5 +73,10 @@ def _last_items(items: Tensor, lengths: Tensor, item_table: Tensor, extractor: I
 
 
 encode_interests = Op(
-    "encode_interests", encode_interests_ref, {"cpu": "fastdiff.ops.cpu.encode_interests:encode_interests"}
+    "encode_interests",
+    encode_interests_ref,
+    {
+        "cpu": "fastdiff.ops.cpu.encode_interests:encode_interests",
+        "triton": "fastdiff.kernels.encode_interests:encode_interests",
+    },
 )

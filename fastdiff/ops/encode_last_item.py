@@ -102,5 +102,10 @@ def _has_features(x: Tensor) -> Tensor:
 
 
 encode_last_item = Op(
-    "encode_last_item", encode_last_item_ref, {"cpu": "fastdiff.ops.cpu.encode_last_item:encode_last_item"}
+    "encode_last_item",
+    encode_last_item_ref,
+    {
+        "cpu": "fastdiff.ops.cpu.encode_last_item:encode_last_item",
+        "triton": "fastdiff.kernels.encode_last_item:encode_last_item",
+    },
 )

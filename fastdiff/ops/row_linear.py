@@ -23,4 +23,8 @@ def row_linear_ref(x: Tensor, layer: LinearWeights) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
 
 
-row_linear = Op("row_linear", row_linear_ref, {"cpu": "fastdiff.ops.cpu.row_linear:row_linear"})
+row_linear = Op(
+    "row_linear",
+    row_linear_ref,
+    {"cpu": "fastdiff.ops.cpu.row_linear:row_linear", "triton": "fastdiff.kernels.row_linear:row_linear"},
+)

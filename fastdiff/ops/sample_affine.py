@@ -23,4 +23,8 @@ def sample_affine_ref(
     return form.sample(share, noise.draw(0))
 
 
-sample_affine = Op("sample_affine", sample_affine_ref, {"cpu": "fastdiff.ops.cpu.sample_affine:sample_affine"})
+sample_affine = Op(
+    "sample_affine",
+    sample_affine_ref,
+    {"cpu": "fastdiff.ops.cpu.sample_affine:sample_affine", "triton": "fastdiff.kernels.sample_affine:sample_affine"},
+)

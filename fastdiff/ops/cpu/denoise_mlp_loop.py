@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.noise import Noise, PhiloxNoise
-from fastdiff.ops.cpu.packing import PANEL, join, pack_linear, pack_vector, packed, padded
+from fastdiff.ops.cpu.packing import PANEL, join, pack_linear, pack_vector, padded
 from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights
+from fastdiff.per_object import packed
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "tanh": 3}
 _NO_NORM = -1.0

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
-from fastdiff.ops.cpu.packing import pack_vector, packed
+from fastdiff.ops.cpu.packing import pack_vector
 from fastdiff.ops.cpu.transformer import packed_blocks
+from fastdiff.per_object import packed
 
 
 def encode_causal_history(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector, packed
+from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector
 from fastdiff.ops.encode_interests import InterestExtractor
+from fastdiff.per_object import packed
 
 
 def encode_interests(items: Tensor, lengths: Tensor, item_table: Tensor, extractor: InterestExtractor) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.ops.cpu.packing import join, pack_vector, packed
+from fastdiff.ops.cpu.packing import join, pack_vector
 from fastdiff.ops.cpu.padded_transformer import pack_block
 from fastdiff.ops.encode_padded_history import PaddedEncoder
+from fastdiff.per_object import packed
 
 
 def encode_padded_history(items: Tensor, lengths: Tensor, item_table: Tensor, encoder: PaddedEncoder) -> Tensor:

@@ -1,35 +1,13 @@
-"""Weights as the C++ kernels read them (csrc/cpu/linear.h), made once per object that holds them."""
+"""Weights as the C++ kernels read them (csrc/cpu/linear.h)."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.per_object import PerObject
-
 PANEL = 16
 """Outputs that stand side by side in a packed layer, at every CPU level."""
-
-Owner = TypeVar("Owner")
-Packed = TypeVar("Packed")
-
-_made: dict[Callable[[Any], Any], PerObject[Any]] = {}
-
-
-def packed(owner: Owner, make: Callable[[Owner], Packed]) -> Packed:
-    """make(owner), kept as long as `owner` lives. An owner is told by identity; it must not change afterwards.
-
-    make  a function of a module, since it is part of the key. Two threads may both make one; either result serves
-    """
-    cache = _made.get(make)
-    if cache is None:
-        cache = _made.setdefault(make, PerObject())
-    kept: Packed = cache.get(owner, make)
-    return kept
 
 
 def padded(n: int) -> int:

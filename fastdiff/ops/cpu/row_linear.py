@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector, packed
+from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector
 from fastdiff.ops.row_linear import LinearWeights
+from fastdiff.per_object import packed
 
 
 def row_linear(x: Tensor, layer: LinearWeights) -> Tensor:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastdiff.closed_form import ClosedForm
 from fastdiff.noise import Noise, PhiloxNoise
-from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector, packed
+from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector
 from fastdiff.ops.cpu.philox_normals import signed
+from fastdiff.per_object import packed
 
 
 def sample_affine(form: ClosedForm, cond: Tensor, uncond: Tensor | None, guidance_scale: float, noise: Noise) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdiff.ops.causal_transformer import BlockWeights
-from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector, packed
+from fastdiff.ops.cpu.packing import join, pack_linear, pack_vector
+from fastdiff.per_object import packed
 
 
 def pack_block(block: BlockWeights) -> Tensor:

@@ -1,0 +1,395 @@
+"""denoise_mlp_loop in Triton: one program takes some rows through all S steps.
+
+x_t stays in registers in float32; nothing but weights, the users' shares of the first layer and given draws is read in
+a step, and a step waits for nothing but its own two (or more) products. What decides the time:
+
+    linear         one product per step
+    one hidden     per BLOCK_H columns of the hidden layer: h = x W_in + cond + time, y += act(h) W_out
+    deeper         the same for the first two layers; then one product per layer, its rows in registers
+
+Where all weights of the first two layers fit in shared memory, BLOCK_H is all of the hidden layer: then no load depends
+on the step, and Triton moves them before the loop (the table of precompile shows it: shared memory as large as the
+weights). Else they stream from L2, the next tiles being copied while one is multiplied.
+
+Guidance shares x W_in; and as the layer after the activations is linear, one hidden layer without a norm adds up the
+two branches before it: W_out act(u) + g (W_out act(c) - W_out act(u)) = W_out (act(u) + g (act(c) - act(u))).
+
+Few rows are spread over the multiprocessors, 16 to a program (the least of a matrix instruction); with more of them a
+program takes up to 64, since every program reads all weights in every step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.kernels.normals import draw_rows
+from fastdiff.kernels.packing import block, join, pack_vector, pack_weight
+from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.rows import activate, layer_norm_rows, linear_rows, rows_dot
+from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together, shared_memory
+from fastdiff.kernels.sampler_step import unit_rows
+from fastdiff.noise import Noise, PhiloxNoise
+from fastdiff.ops.cpu.step_noise import step_noise
+from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights
+from fastdiff.per_object import packed
+
+_WIDEST = 512  # block of features that a program's registers hold
+_ROOMY = 160 << 10  # bytes of shared memory of a data centre's GPUs, from which 128 KB of weights can stay in it
+
+
+@triton.jit
+def _denoise_mlp_kernel(
+    p_x_t,
+    p_cond,
+    p_uncond,
+    p_given,
+    p_seed,
+    p_row_key,
+    p_sample,
+    p_w_in,
+    p_layers,
+    p_norm,
+    p_time,
+    p_coef,
+    p_x_0,
+    x_t_stride,
+    cond_stride,
+    uncond_stride,
+    given_step_stride,
+    given_row_stride,
+    guidance_scale,
+    norm_eps,
+    n_rows,
+    n_steps,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,  # width of the first layer's output
+    HIDDEN_PADDED: tl.constexpr,
+    WIDTHS: tl.constexpr,  # blocks of the outputs of the layers after the first
+    OFFSETS: tl.constexpr,  # where these layers stand in p_layers
+    ACTIVATION: tl.constexpr,
+    START: tl.constexpr,  # x_T: "given" or "drawn"
+    NOISE: tl.constexpr,  # of the steps: "given", "drawn" or "none"
+    GUIDED: tl.constexpr,
+    NORM: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORMALIZE_BEFORE: tl.constexpr,
+    NORMALIZE_START: tl.constexpr,
+    STREAMED: tl.constexpr,  # the weights do not fit in shared memory
+    TILE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    N_LAYERS: tl.constexpr = len(WIDTHS)
+    ONE_SUM: tl.constexpr = GUIDED and N_LAYERS == 1 and not NORM
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_row = o_row < n_rows
+    o_dim, o_hidden = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H)
+    m_x = m_row[:, None] & (o_dim < DIM)[None, :]
+    seed, b_key, b_sample = 0, o_row, o_row
+    if START == "drawn" or NOISE == "drawn":
+        seed = tl.load(p_seed)
+        b_key = tl.load(p_row_key + o_row, mask=m_row, other=0)
+        b_sample = tl.load(p_sample + o_row, mask=m_row, other=0)
+
+    if START == "drawn":
+        b_x = draw_rows(seed, b_key, b_sample, 0, m_x, p_cond.dtype.element_ty)
+    else:
+        b_x = tl.load(p_x_t + o_row[:, None] * x_t_stride + o_dim[None, :], mask=m_x, other=0.0).to(tl.float32)
+    if NORMALIZE_START:
+        b_x = unit_rows(b_x)
+
+    p_cond_rows = p_cond + o_row[:, None] * cond_stride + o_hidden[None, :]
+    p_uncond_rows = p_uncond + o_row[:, None] * uncond_stride + o_hidden[None, :]
+
+    for i in range(n_steps):
+        if NORMALIZE_BEFORE:
+            b_x = unit_rows(b_x)
+        stay = 0
+        if STREAMED:
+            stay = tl.minimum(i, 0)  # which is 0, but keeps loads of weights in the loop
+        p_now = p_time + tl.to_tensor(i).to(tl.int64) * HIDDEN_PADDED + o_hidden
+
+        if N_LAYERS == 0:
+            m_hidden = m_row[:, None] & (o_hidden < HIDDEN)[None, :]
+            b_h = tl.zeros([BLOCK_R, BLOCK_H], tl.float32) + tl.load(p_now).to(tl.float32)[None, :]
+            b_h = rows_dot(b_x, p_w_in + stay, b_h, HIDDEN_PADDED, TILE)
+            b_y = b_h + tl.load(p_cond_rows, mask=m_hidden, other=0.0).to(tl.float32)
+            if GUIDED:
+                b_y_uncond = b_h + tl.load(p_uncond_rows, mask=m_hidden, other=0.0).to(tl.float32)
+        else:
+            WIDTH: tl.constexpr = WIDTHS[0]
+            b_bias = tl.load(p_layers + HIDDEN_PADDED * WIDTH + tl.arange(0, WIDTH)).to(tl.float32)
+            b_y = tl.zeros([BLOCK_R, WIDTH], tl.float32) + b_bias[None, :]
+            b_y_uncond = b_y
+            for first in range(0, HIDDEN_PADDED, BLOCK_H):
+                m_hidden = m_row[:, None] & (o_hidden + first < HIDDEN)[None, :]
+                p_w_out = p_layers + first * WIDTH
+                b_h = tl.zeros([BLOCK_R, BLOCK_H], tl.float32) + tl.load(p_now + first).to(tl.float32)[None, :]
+                b_h = rows_dot(b_x, p_w_in + first, b_h, HIDDEN_PADDED, TILE)
+                b_cond = tl.load(p_cond_rows + first, mask=m_hidden, other=0.0).to(tl.float32)
+                b_a = activate(b_h + b_cond, ACTIVATION)
+                if GUIDED:
+                    b_uncond = tl.load(p_uncond_rows + first, mask=m_hidden, other=0.0).to(tl.float32)
+                    b_a_uncond = activate(b_h + b_uncond, ACTIVATION)
+                    if ONE_SUM:
+                        b_a = b_a_uncond + guidance_scale * (b_a - b_a_uncond)
+                    else:
+                        b_y_uncond = rows_dot(b_a_uncond, p_w_out, b_y_uncond, WIDTH, TILE)
+                b_y = rows_dot(b_a, p_w_out, b_y, WIDTH, TILE)
+            for layer in tl.static_range(1, N_LAYERS):
+                b_y = _deeper(b_y, p_layers + stay, layer, WIDTHS, OFFSETS, ACTIVATION, TILE)
+                if GUIDED:
+                    b_y_uncond = _deeper(b_y_uncond, p_layers + stay, layer, WIDTHS, OFFSETS, ACTIVATION, TILE)
+        if NORM:
+            b_y = layer_norm_rows(b_y, p_norm, norm_eps, DIM)
+            if GUIDED:
+                b_y_uncond = layer_norm_rows(b_y_uncond, p_norm, norm_eps, DIM)
+        if GUIDED and not ONE_SUM:
+            b_y = b_y_uncond + guidance_scale * (b_y - b_y_uncond)
+
+        c_out, c_xt, c_noise = tl.load(p_coef + i * 3), tl.load(p_coef + i * 3 + 1), tl.load(p_coef + i * 3 + 2)
+        b_x = c_out * b_y + c_xt * b_x
+        if NOISE != "none":  # noqa: SIM102 (one is known to the compiler, one is not)
+            if c_noise != 0.0:
+                if NOISE == "drawn":
+                    b_noise = draw_rows(seed, b_key, b_sample, 1 + i, m_x, p_cond.dtype.element_ty)
+                else:
+                    p_step = p_given + tl.to_tensor(i).to(tl.int64) * given_step_stride
+                    p_rows = p_step + o_row[:, None] * given_row_stride
+                    b_noise = tl.load(p_rows + o_dim[None, :], mask=m_x, other=0.0).to(tl.float32)
+                b_x += c_noise * b_noise
+        if NORMALIZE:
+            b_x = unit_rows(b_x)
+
+    tl.store(p_x_0 + o_row[:, None] * DIM + o_dim[None, :], b_x.to(p_x_0.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _deeper(
+    b_h,
+    p_layers,
+    LAYER: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    WIDTH: tl.constexpr = WIDTHS[LAYER]
+    return linear_rows(activate(b_h, ACTIVATION), p_layers + OFFSETS[LAYER], WIDTH, TILE)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The weights on the device, as the kernel reads them, and what they are."""
+
+    w_in: Tensor
+    layers: Tensor
+    norm: Tensor
+    norm_eps: float
+    constants: dict[str, Any]
+
+
+def denoise_mlp_loop(
+    x_t: Tensor | None,
+    sampler: MLPSampler,
+    cond: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    noise: Noise,
+) -> Tensor:
+    """See `fastdiff.ops.denoise_mlp_loop.denoise_mlp_loop_ref`. Philox draws are made inside the loop, other ones are
+    asked for before it, in the same order. Blocks of features hold up to 512: D, and the layers between the second and
+    the last."""
+    network, time, coef, last_draw = packed(sampler, _pack)
+    n_rows, dim = cond.shape[0], sampler.mlp.w_in.shape[1]
+    hidden, dtype = sampler.mlp.w_in.shape[0], cond.dtype
+    require("denoise_mlp_loop", "cond", cond, (n_rows, hidden), sampler.mlp.w_in.dtype)
+    if x_t is None and not isinstance(noise, PhiloxNoise):
+        x_t = noise.draw(0)
+    if x_t is not None:
+        require("denoise_mlp_loop", "x_t", x_t, (n_rows, dim), dtype)
+        x_t = rows_together(x_t)
+    if uncond is not None:
+        require("denoise_mlp_loop", "uncond", uncond, (n_rows if uncond.shape[0] != 1 else 1, hidden), dtype)
+        uncond = rows_together(uncond)
+    cond = rows_together(cond)
+    drawn = step_noise(noise, sampler.coef)
+    given = drawn.given if last_draw >= 0 else None
+    if given is not None:
+        if given.shape[0] <= last_draw:
+            raise InvalidArgument(
+                f"denoise_mlp_loop: noise must hold the draws of {last_draw + 1} steps (got {list(given.shape)})"
+            )
+        require("denoise_mlp_loop", "noise", given, (given.shape[0], n_rows, dim), dtype)
+        given = given if given.stride(2) == 1 else given.contiguous()
+    x_0 = torch.empty(n_rows, dim, dtype=dtype, device=cond.device)
+    if x_0.numel() == 0:
+        return x_0
+    from_philox = drawn.row_key is not None and (x_t is None or last_draw >= 0)
+    constants, options = _choose(
+        n_rows, network.constants, cond.element_size(), multiprocessors(cond.device), shared_memory(cond.device)
+    )
+    _denoise_mlp_kernel[(triton.cdiv(n_rows, constants["BLOCK_R"]),)](
+        cond if x_t is None else x_t,
+        cond,
+        cond if uncond is None else uncond,
+        cond if given is None else given,
+        device_int(drawn.seed, cond.device) if from_philox else coef,
+        drawn.row_key.contiguous() if drawn.row_key is not None else coef,
+        drawn.sample.contiguous() if drawn.sample is not None else coef,
+        network.w_in,
+        network.layers,
+        network.norm,
+        time,
+        coef,
+        x_0,
+        0 if x_t is None else x_t.stride(0),
+        cond.stride(0),
+        0 if uncond is None or uncond.shape[0] == 1 else uncond.stride(0),
+        0 if given is None else given.stride(0),
+        0 if given is None else given.stride(1),
+        guidance_scale,
+        network.norm_eps,
+        n_rows,
+        sampler.coef.shape[0],
+        START="drawn" if x_t is None else "given",
+        NOISE="none" if last_draw < 0 else "given" if given is not None else "drawn",
+        GUIDED=uncond is not None,
+        NORMALIZE=sampler.normalize,
+        NORMALIZE_BEFORE=sampler.normalize_before,
+        NORMALIZE_START=sampler.normalize_start,
+        **constants,
+        **options,
+    )
+    return x_0
+
+
+def _choose(
+    n_rows: int, network: dict[str, Any], itemsize: int, processors: int, shared: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The kernel's constants for a network and a number of rows, and the options of its launch."""
+    block_d, padded, widths = network["BLOCK_D"], network["HIDDEN_PADDED"], network["WIDTHS"]
+    widest = max((block_d, *widths))
+    weights = itemsize * sum(n_in * n_out for n_in, n_out in itertools.pairwise((block_d, padded, *widths)))
+    held = weights <= (128 << 10 if shared >= _ROOMY else 64 << 10) and block(padded) == padded and len(widths) < 2
+    chunk = (128 if block_d < 256 else 64 if shared >= _ROOMY or itemsize == 4 else 32) // itemsize
+    block_h = padded if held or not widths else min(padded, chunk)
+    block_r, most = 16, 4096 if itemsize == 2 else 2048
+    while 2 * block_r * max(widest, block_h) <= most and n_rows > 4 * processors * block_r:
+        block_r *= 2
+    # float32 is multiplied without matrix units, whose operands pass through registers in small pieces
+    tile = (8192 if len(widths) < 2 else 2048) if itemsize == 4 else 1 << 20 if held else 16384 if widths else 8192
+    constants = {**network, "STREAMED": not held, "BLOCK_R": block_r, "BLOCK_H": block_h, "TILE": tile}
+    wide = weights >= 64 << 10 if itemsize == 2 else weights > 16 << 10
+    stages = 1 if not widths else 3 if itemsize == 2 and shared >= _ROOMY else 2
+    # without maxnreg, ptxas gives up registers for programs that will never run beside this one
+    return constants, {"num_warps": 8 if wide else 4, "num_stages": stages, "maxnreg": 255}
+
+
+def _pack(sampler: MLPSampler) -> tuple[_Network, Tensor, Tensor, int]:
+    """The network; the steps' times [S, padded hidden] and coefficients [S, 3] float32; the last step that draws, -1
+    where none does."""
+    network = packed(sampler.mlp, _pack_network)
+    time = torch.nn.functional.pad(sampler.time.detach(), (0, network.w_in.shape[1] - sampler.time.shape[1]))
+    coef = sampler.coef.to(time.device, torch.float32).contiguous()
+    drawing = [step for step, factor in enumerate(sampler.coef[:, 2].tolist()) if factor]
+    return network, time.contiguous(), coef, max(drawing, default=-1)
+
+
+def _pack_network(mlp: MLPWeights) -> _Network:
+    constants = _shape(mlp.w_in.shape[1], mlp.w_in.shape[0], [weight.shape[0] for weight, _ in mlp.layers])
+    block_d, n_in = constants["BLOCK_D"], constants["HIDDEN_PADDED"]
+    w_in = pack_weight(mlp.w_in, block_d, n_in)
+    parts = []
+    for (weight, bias), width in zip(mlp.layers, constants["WIDTHS"], strict=True):
+        parts += [pack_weight(weight, n_in, width), pack_vector(bias, width)]
+        n_in = width
+    norm, eps = w_in, 0.0
+    if mlp.out_norm is not None:
+        weight, bias, eps = mlp.out_norm
+        norm = join(pack_vector(weight, block_d), pack_vector(bias, block_d))
+    constants |= {"ACTIVATION": mlp.activation, "NORM": mlp.out_norm is not None}
+    return _Network(w_in, join(*parts) if parts else w_in, norm, eps, constants)
+
+
+def _shape(dim: int, hidden: int, widths: list[int]) -> dict[str, Any]:
+    """The constants that a network's sizes decide."""
+    blocks = tuple(block(width) for width in widths)
+    if max((block(dim), *blocks)) > _WIDEST:
+        raise InvalidArgument(
+            f"denoise_mlp_loop: on 'triton' the state and the layers after the first hidden one have at most {_WIDEST} "
+            f"features (got {[dim, *widths]}); use backend='torch'"
+        )
+    # the first hidden layer is never whole in registers: any number of blocks of 64 will do
+    padded = block(hidden) if hidden <= 64 or not widths else block(hidden) if hidden <= 256 else -(-hidden // 64) * 64
+    offsets, offset, n_in = [], 0, padded
+    for width in blocks:
+        offsets.append(offset)
+        offset += (n_in + 1) * width
+        n_in = width
+    return {
+        "DIM": dim,
+        "HIDDEN": hidden,
+        "HIDDEN_PADDED": padded,
+        "WIDTHS": blocks,
+        "OFFSETS": tuple(offsets),
+        "BLOCK_D": block(dim),
+    }
+
+
+def cases() -> Iterator[Case]:
+    """What `python -m fastdiff.kernels.precompile` compiles."""
+    many, small = 1 << 20, 99 << 10
+    for dtype in ("fp32", "fp16", "bf16"):
+        for dim in (64, 128):
+            for widths in ((), (dim,), (2 * dim,), (4 * dim,)):
+                yield _case(dtype, 1, dim, widths)
+        yield _case(dtype, 1, 128, (512,), GUIDED=True, NORM=True, ACTIVATION="silu")
+        yield _case(dtype, many, 128, (512,), GUIDED=True, NORM=True, ACTIVATION="silu")
+        yield _case(dtype, 1, 64, (128,), GUIDED=True)
+        yield _case(dtype, 1, 64, (), NORMALIZE_BEFORE=True, NORMALIZE_START=True, START="given", NOISE="given")
+        yield _case(dtype, 1, 64, (256, 64), GUIDED=True, ACTIVATION="tanh")
+        yield _case(dtype, 1, 128, (256, 256, 128), ACTIVATION="relu")
+        for dim, widths in ((64, ()), (64, (128,)), (64, (256,)), (128, ()), (128, (256,)), (128, (512,))):
+            yield _case(dtype, many, dim, widths)
+        for widths in ((), (256,), (512,)):
+            yield _case(dtype, 1, 256, widths)
+        for dim, widths in ((64, (256,)), (128, (256,)), (128, (512,)), (256, (512,)), (256, ())):
+            yield _case(dtype, 1, dim, widths, small)
+
+
+def _case(
+    dtype: str, n_rows: int, dim: int, widths: tuple[int, ...], shared: int = 227 << 10, **changes: bool | str
+) -> Case:
+    """`widths` of the hidden layers; the linear layer behind the last of them has `dim` outputs."""
+    shape = _shape(dim, *((widths[0], [*widths[1:], dim]) if widths else (dim, [])))
+    kinds = {"ACTIVATION": "gelu", "NORM": False, "GUIDED": False, "START": "drawn", "NOISE": "drawn"}
+    sphere = {"NORMALIZE": True, "NORMALIZE_BEFORE": False, "NORMALIZE_START": False}
+    itemsize = 4 if dtype == "fp32" else 2
+    constants, options = _choose(n_rows, shape, itemsize, 132, shared)
+    floating = ("p_x_t", "p_cond", "p_uncond", "p_given", "p_w_in", "p_layers", "p_norm", "p_time", "p_x_0")
+    strides = ("x_t_stride", "cond_stride", "uncond_stride", "given_step_stride", "given_row_stride")
+    words = [str(value if isinstance(value, str) else name).lower() for name, value in changes.items()]
+    words += ["small"] if shared < _ROOMY else []
+    return Case(
+        " ".join([f"{dtype} R={n_rows} D={dim} H={widths}", *words]),
+        _denoise_mlp_kernel,
+        dict.fromkeys(floating, f"*{dtype}")
+        | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
+        | {"p_coef": "*fp32"}
+        | dict.fromkeys(strides, "i32")
+        | {"guidance_scale": "fp32", "norm_eps": "fp32", "n_rows": "i32", "n_steps": "i32"},
+        constants | kinds | sphere | changes,
+        options,
+        tensor_core=itemsize == 2,
+    )

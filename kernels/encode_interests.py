@@ -1,0 +1,233 @@
+"""encode_interests in Triton: one program per user; the learned extractor never writes its logits.
+
+A program reads its history once, a block of places at a time: logits of all interests from two products, the hidden
+layer between them in blocks; a running softmax over the places; then one more product, weights^T values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.packing import block, pack_vector, pack_weight
+from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.rows import activate, rows_dot
+from fastdiff.kernels.runtime import next_power_of_2, require, rows_together
+from fastdiff.ops.encode_interests import InterestExtractor
+from fastdiff.per_object import packed
+
+_BLOCK_ROWS = 2048  # numbers that one program copies
+
+
+@triton.jit
+def _interests_kernel(
+    p_items,
+    p_lengths,
+    p_table,
+    p_positions,
+    p_up,
+    p_up_bias,
+    p_down,
+    p_down_bias,
+    p_g,
+    items_stride,
+    table_stride,
+    n_places,
+    pad_id,
+    N_INTERESTS: tl.constexpr,
+    DIM: tl.constexpr,
+    HIDDEN_PADDED: tl.constexpr,
+    POSITIONS_IN_VALUES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    i_user = tl.program_id(0).to(tl.int64)
+    o_dim, o_interest, o_hidden = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_H)
+    m_dim = (o_dim < DIM)[None, :]
+    length = tl.load(p_lengths + i_user)
+    b_down_bias = tl.load(p_down_bias + o_interest).to(tl.float32)
+
+    b_top = tl.full([BLOCK_K], -1e38, tl.float32)  # of the logits so far
+    b_sum = tl.zeros([BLOCK_K], tl.float32)
+    b_g = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for first in range(0, n_places, BLOCK_J):
+        o_place = first + tl.arange(0, BLOCK_J)
+        b_items = tl.load(p_items + i_user * items_stride + o_place, mask=o_place < length, other=pad_id)
+        m_item = (b_items != pad_id)[:, None]
+        b_value = tl.load(
+            p_table + b_items[:, None] * table_stride + o_dim[None, :], mask=m_item & m_dim, other=0.0
+        ).to(tl.float32)
+        p_places = p_positions + o_place[:, None] * DIM + o_dim[None, :]
+        b_placed = b_value + tl.load(p_places, mask=m_item & m_dim, other=0.0).to(tl.float32)
+        if POSITIONS_IN_VALUES:
+            b_value = b_placed
+
+        b_logits = tl.zeros([BLOCK_J, BLOCK_K], tl.float32) + b_down_bias[None, :]
+        for at in range(0, HIDDEN_PADDED, BLOCK_H):
+            b_bias = tl.load(p_up_bias + at + o_hidden).to(tl.float32)
+            b_h = tl.zeros([BLOCK_J, BLOCK_H], tl.float32) + b_bias[None, :]
+            b_h = rows_dot(b_placed, p_up + at, b_h, HIDDEN_PADDED, TILE)
+            b_logits = rows_dot(activate(b_h, "tanh"), p_down + at * BLOCK_K, b_logits, BLOCK_K, TILE)
+
+        b_new_top = tl.maximum(b_top, tl.max(tl.where(m_item, b_logits, -1e38), axis=0))
+        b_share = tl.exp(tl.where(m_item, b_logits - b_new_top[None, :], -1e38))
+        b_scale = tl.exp(b_top - b_new_top)
+        b_sum = b_sum * b_scale + tl.sum(b_share, axis=0)
+        DTYPE: tl.constexpr = p_table.dtype.element_ty
+        b_g = tl.dot(tl.trans(b_share).to(DTYPE), b_value.to(DTYPE), b_g * b_scale[:, None], input_precision="ieee")
+        b_top = b_new_top
+    b_g = b_g / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+    p_out = p_g + (i_user * N_INTERESTS + o_interest[:, None]) * DIM + o_dim[None, :]
+    tl.store(p_out, b_g.to(p_g.dtype.element_ty), mask=(o_interest < N_INTERESTS)[:, None] & m_dim)
+
+
+@triton.jit
+def _last_items_kernel(
+    p_items,
+    p_lengths,
+    p_table,
+    p_g,
+    items_stride,
+    table_stride,
+    n_rows,
+    pad_id,
+    N_INTERESTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_dim = tl.arange(0, BLOCK_D)
+    m_row, m_dim = o_row < n_rows, (o_dim < DIM)[None, :]
+    b_user = o_row // N_INTERESTS
+    b_length = tl.load(p_lengths + b_user, mask=m_row, other=0)
+    b_place = b_length - N_INTERESTS + o_row % N_INTERESTS
+    b_item = tl.load(p_items + b_user * items_stride + b_place, mask=m_row & (b_place >= 0), other=pad_id)
+    m_item = (b_item != pad_id)[:, None] & m_dim
+    b_value = tl.load(p_table + b_item[:, None] * table_stride + o_dim[None, :], mask=m_item, other=0.0)
+    tl.store(p_g + o_row[:, None] * DIM + o_dim[None, :], b_value, mask=m_row[:, None] & m_dim)
+
+
+def encode_interests(items: Tensor, lengths: Tensor, item_table: Tensor, extractor: InterestExtractor) -> Tensor:
+    """See `fastdiff.ops.encode_interests.encode_interests_ref`; items and lengths are taken for valid: they are on the
+    device."""
+    n_users, dim, interests = items.shape[0], item_table.shape[1], extractor.n_interests
+    require("encode_interests", "items", items, (n_users, items.shape[1]), torch.int64)
+    require("encode_interests", "lengths", lengths, (n_users,), torch.int64)
+    g = torch.empty(n_users, interests, dim, dtype=item_table.dtype, device=item_table.device)
+    if g.numel() == 0:
+        return g
+    items, lengths, item_table = rows_together(items), lengths.contiguous(), rows_together(item_table)
+    history = (items, lengths, item_table)
+    sizes = (items.stride(0), item_table.stride(0))
+    if extractor.attention is None:
+        block_r, block_d = _copy_blocks(dim)
+        n_rows = n_users * interests
+        _last_items_kernel[(triton.cdiv(n_rows, block_r),)](
+            *history,
+            g,
+            *sizes,
+            n_rows,
+            extractor.pad_id,
+            N_INTERESTS=interests,
+            DIM=dim,
+            BLOCK_R=block_r,
+            BLOCK_D=block_d,
+        )
+        return g
+    positions, *layers = packed(extractor, _pack)
+    require("encode_interests", "item_table", item_table, (item_table.shape[0], positions.shape[1]), positions.dtype)
+    hidden = extractor.attention.up[1].shape[0]
+    constants, options = _choose(items.shape[1], dim, hidden, interests, item_table.element_size())
+    _interests_kernel[(n_users,)](
+        *history,
+        positions,
+        *layers,
+        g,
+        *sizes,
+        items.shape[1],
+        extractor.pad_id,
+        POSITIONS_IN_VALUES=extractor.attention.positions_in_values,
+        **constants,
+        **options,
+    )
+    return g
+
+
+def _pack(extractor: InterestExtractor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Positions, then weight and bias of both layers."""
+    attention = extractor.attention
+    assert attention is not None
+    (up, up_bias), (down, down_bias) = attention.up, attention.down
+    hidden, interests = _padded(up_bias.shape[0]), block(extractor.n_interests)
+    return (
+        attention.positions.detach().contiguous(),
+        pack_weight(up, block(attention.positions.shape[1]), hidden),
+        pack_vector(up_bias, hidden),
+        pack_weight(down, hidden, interests),
+        pack_vector(down_bias, interests),
+    )
+
+
+def _padded(hidden: int) -> int:
+    """The hidden layer is never whole in registers: blocks of up to 64."""
+    return block(hidden) if hidden <= 64 else triton.cdiv(hidden, 64) * 64
+
+
+def _choose(
+    n_places: int, dim: int, hidden: int, interests: int, itemsize: int
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The constants of the kernel that the sizes decide, and the options of its launch."""
+    block_d, padded = block(dim), _padded(hidden)
+    constants = {
+        "N_INTERESTS": interests,
+        "DIM": dim,
+        "HIDDEN_PADDED": padded,
+        "TILE": 16384 // itemsize,
+        "BLOCK_J": min(block(n_places), max(16, (2048 if itemsize == 4 else 4096) // block_d)),
+        "BLOCK_D": block_d,
+        "BLOCK_H": min(padded, 128 // itemsize),
+        "BLOCK_K": block(interests),
+    }
+    return constants, {"num_warps": 4 if itemsize == 2 and block_d <= 64 else 8, "num_stages": 2}
+
+
+def _copy_blocks(dim: int) -> tuple[int, int]:
+    block_d = next_power_of_2(dim)
+    return max(1, _BLOCK_ROWS // block_d), block_d
+
+
+def cases() -> Iterator[Case]:
+    """What `python -m fastdiff.kernels.precompile` compiles."""
+    sizes = dict.fromkeys(("items_stride", "table_stride", "n_places", "n_rows", "pad_id"), "i32")
+    history = dict.fromkeys(("p_items", "p_lengths"), "*i64")
+    for dtype in ("fp32", "fp16", "bf16"):
+        layers = ("p_positions", "p_up", "p_up_bias", "p_down", "p_down_bias")
+        floating = dict.fromkeys(("p_table", "p_g"), f"*{dtype}")
+        itemsize = 4 if dtype == "fp32" else 2
+        for n_places, dim, interests in ((10, 64, 4), (50, 64, 4), (50, 128, 4), (50, 64, 20), (200, 256, 8)):
+            constants, options = _choose(n_places, dim, 4 * dim, interests, itemsize)
+            yield Case(
+                f"{dtype} n={n_places} D={dim} K={interests}",
+                _interests_kernel,
+                history | floating | dict.fromkeys(layers, f"*{dtype}") | {k: sizes[k] for k in sizes if k != "n_rows"},
+                {"POSITIONS_IN_VALUES": True} | constants,
+                options,
+                tensor_core=itemsize == 2,
+            )
+        for dim in (64, 100):
+            block_r, block_d = _copy_blocks(dim)
+            yield Case(
+                f"{dtype} last items D={dim}",
+                _last_items_kernel,
+                history | floating | {k: sizes[k] for k in sizes if k != "n_places"},
+                {"N_INTERESTS": 4, "DIM": dim, "BLOCK_R": block_r, "BLOCK_D": block_d},
+            )
