@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff.kernels.packing import block, join, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
-from fastdiff.kernels.rows import activate, layer_norm_rows, linear_rows, rows_dot
+from fastdiff.kernels.rows import activate, layer_norm_rows, linear_rows_through
 from fastdiff.kernels.runtime import require, rows_together
 from fastdiff.ops.encode_last_item import LastItemBlock
 from fastdiff.per_object import packed
@@ -32,6 +32,7 @@ def _encode_last_item_kernel(
     p_table,
     p_positions,
     p_weights,
+    p_scratch,
     p_out,
     items_stride,
     table_stride,
@@ -42,7 +43,7 @@ def _encode_last_item_kernel(
     DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     OUTPUTS: tl.constexpr,  # of the head; 0 without one
-    TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -50,6 +51,7 @@ def _encode_last_item_kernel(
 ):
     LAYER: tl.constexpr = BLOCK_D * BLOCK_D + BLOCK_D
     p_norms = p_weights + 4 * LAYER
+    p_scratch += tl.program_id(0).to(tl.int64) * BLOCK_B * BLOCK_D
     o_user = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_dim = tl.arange(0, BLOCK_D)
     m_user, m_dim = o_user < n_users, o_dim < DIM
@@ -62,7 +64,7 @@ def _encode_last_item_kernel(
     b_e = tl.load(p_table + b_item[:, None] * table_stride + o_dim[None, :], mask=m_last, other=0.0).to(tl.float32)
     b_e += tl.load(p_positions + b_last[:, None] * DIM + o_dim[None, :], mask=m_last, other=0.0).to(tl.float32)
     b_query = layer_norm_rows(b_e, p_norms, eps, DIM)
-    b_key = linear_rows(b_query, p_weights, BLOCK_D, TILE)
+    b_key = linear_rows_through(b_query, p_scratch, p_weights, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D)
 
     b_top = tl.full([BLOCK_B], -1e38, tl.float32)  # of the logits so far
     b_sum = tl.zeros([BLOCK_B], tl.float32)
@@ -90,12 +92,20 @@ def _encode_last_item_kernel(
     m_any = b_sum > 0.0
     b_mixed = tl.where(m_any[:, None], b_mixed / tl.where(m_any, b_sum, 1.0)[:, None], b_whole / WINDOW)
 
-    b_attention = linear_rows(b_mixed, p_weights + LAYER, BLOCK_D, TILE)
+    b_attention = linear_rows_through(
+        b_mixed, p_scratch, p_weights + LAYER, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D
+    )
     m_query = _has_features(b_query, p_table.dtype.element_ty, 1)
     b_z = layer_norm_rows(b_query + tl.where(m_query[:, None], b_attention, 0.0), p_norms + 2 * BLOCK_D, eps, DIM)
-    b_hidden = activate(linear_rows(b_z, p_weights + 2 * LAYER, BLOCK_D, TILE), "relu")
+    b_hidden = activate(
+        linear_rows_through(b_z, p_scratch, p_weights + 2 * LAYER, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D), "relu"
+    )
     b_h = layer_norm_rows(
-        linear_rows(b_hidden, p_weights + 3 * LAYER, BLOCK_D, TILE) + b_z, p_norms + 4 * BLOCK_D, eps, DIM
+        linear_rows_through(b_hidden, p_scratch, p_weights + 3 * LAYER, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D)
+        + b_z,
+        p_norms + 4 * BLOCK_D,
+        eps,
+        DIM,
     )
     b_h = layer_norm_rows(tl.where(b_inside[:, None], b_h, 0.0), p_norms + 6 * BLOCK_D, eps, DIM)
 
@@ -107,10 +117,7 @@ def _encode_last_item_kernel(
         p_head = p_norms + 8 * BLOCK_D
         for first in range(0, PADDED, BLOCK_N):
             o_out = first + tl.arange(0, BLOCK_N)
-            b_bias = tl.load(p_head + BLOCK_D * PADDED + o_out).to(tl.float32)
-            b_y = rows_dot(
-                b_h, p_head + first, tl.zeros([BLOCK_B, BLOCK_N], tl.float32) + b_bias[None, :], PADDED, TILE
-            )
+            b_y = linear_rows_through(b_h, p_scratch, p_head + first, BLOCK_N, PADDED, BLOCK_K, BLOCK_D * PADDED)
             p_rows_out = p_out + o_user[:, None] * OUTPUTS + o_out[None, :]
             tl.store(p_rows_out, b_y.to(p_out.dtype.element_ty), mask=m_user[:, None] & (o_out < OUTPUTS)[None, :])
 
@@ -139,12 +146,15 @@ def encode_last_item(items: Tensor, lengths: Tensor, item_table: Tensor, block: 
         return h
     items, item_table = rows_together(items), rows_together(item_table)
     constants, options = _choose(dim, item_table.element_size())
-    _encode_last_item_kernel[(triton.cdiv(n_users, _BLOCK_B),)](
+    programs = triton.cdiv(n_users, _BLOCK_B)
+    scratch = torch.empty(programs, _BLOCK_B, constants["BLOCK_D"], dtype=torch.float32, device=h.device)
+    _encode_last_item_kernel[(programs,)](
         items,
         lengths.contiguous(),
         item_table,
         positions,
         weights,
+        scratch,
         h,
         items.stride(0),
         item_table.stride(0),
@@ -178,9 +188,9 @@ def _choose(dim: int, itemsize: int) -> tuple[dict[str, Any], dict[str, int]]:
     block_d = block(dim)
     constants = {
         "DIM": dim,
-        "TILE": 16384 // itemsize,
+        "BLOCK_K": min(block_d, 64 if itemsize == 2 else 32 if block_d < 256 else 16),
         "BLOCK_B": _BLOCK_B,
-        "BLOCK_J": max(1, min(8, 512 // block_d)),
+        "BLOCK_J": max(1, 256 // block_d),
         "BLOCK_D": block_d,
         "BLOCK_N": _BLOCK_N,
     }
@@ -198,6 +208,7 @@ def cases() -> Iterator[Case]:
                 _encode_last_item_kernel,
                 dict.fromkeys(("p_items", "p_lengths"), "*i64")
                 | dict.fromkeys(("p_table", "p_positions", "p_weights", "p_out"), f"*{dtype}")
+                | {"p_scratch": "*fp32"}
                 | dict.fromkeys(("items_stride", "table_stride", "n_users", "n_places", "pad_id"), "i32")
                 | {"eps": "fp32"},
                 {"WINDOW": 10, "OUTPUTS": outputs} | constants,

@@ -10,13 +10,13 @@ _SCALE = tl.constexpr(2.0**-24)
 
 
 @triton.jit
-def normal_rows(seed, b_row_key, b_sample, draw, BLOCK_D: tl.constexpr):
-    """Draw number `draw` of some rows: [R, BLOCK_D] float32.
+def normal_rows(seed, b_row_key, b_sample, draw, BLOCK_D: tl.constexpr, first=0):
+    """Draw number `draw` of some rows, dims first .. first + BLOCK_D - 1: [R, BLOCK_D] float32.
 
-    seed  int64   b_row_key, b_sample  [R] int64   draw  an integer below 2^32
+    seed  int64   b_row_key, b_sample  [R] int64   draw  an integer below 2^32   first  a multiple of 4
     BLOCK_D  a power of two, at least 4; dims beyond the row's own are draws that nobody reads
     """
-    o_block = tl.arange(0, BLOCK_D // 4).to(tl.uint32)[None, :]
+    o_block = (tl.arange(0, BLOCK_D // 4) + first // 4).to(tl.uint32)[None, :]
     zero = tl.zeros([b_row_key.shape[0], BLOCK_D // 4], tl.uint32)
     c_low = zero + (b_row_key & 0xFFFFFFFF).to(tl.uint32)[:, None]
     c_high = zero + ((b_row_key >> 32) & 0xFFFFFFFF).to(tl.uint32)[:, None]
@@ -32,9 +32,9 @@ def normal_rows(seed, b_row_key, b_sample, draw, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def draw_rows(seed, b_row_key, b_sample, draw, mask, DTYPE: tl.constexpr):
+def draw_rows(seed, b_row_key, b_sample, draw, mask, DTYPE: tl.constexpr, first=0):
     """The same as `fastdiff.noise.PhiloxNoise` gives it in a run of DTYPE: [R, D] float32, 0 where `mask` is 0."""
-    b_normals = normal_rows(seed, b_row_key, b_sample, draw, mask.shape[1]).to(DTYPE)
+    b_normals = normal_rows(seed, b_row_key, b_sample, draw, mask.shape[1], first).to(DTYPE)
     return tl.where(mask, b_normals.to(tl.float32), 0.0)
 
 

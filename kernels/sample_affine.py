@@ -13,7 +13,6 @@ from fastdiff.closed_form import ClosedForm
 from fastdiff.kernels.normals import draw_rows
 from fastdiff.kernels.packing import block, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
-from fastdiff.kernels.rows import rows_dot
 from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together
 from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.per_object import packed
@@ -35,26 +34,31 @@ def _sample_affine_kernel(
     n_rows,
     DIM: tl.constexpr,
     DRAWN: tl.constexpr,  # z is made here
-    TILE: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_out = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_dim = tl.arange(0, BLOCK_D)
     m_row = o_row < n_rows
-    m_x = m_row[:, None] & (o_dim < DIM)[None, :]
-    b_x_0 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32) + tl.load(p_offset + o_out).to(tl.float32)[None, :]
-    b_cond = tl.load(p_cond + o_row[:, None] * cond_stride + o_dim[None, :], mask=m_x, other=0.0)
-    b_x_0 = rows_dot(b_cond, p_gain + tl.program_id(1) * BLOCK_N, b_x_0, BLOCK_D, TILE)
     if DRAWN:
+        seed = tl.load(p_seed)
         b_key = tl.load(p_row_key + o_row, mask=m_row, other=0)
         b_sample = tl.load(p_sample + o_row, mask=m_row, other=0)
-        b_z = draw_rows(tl.load(p_seed), b_key, b_sample, 0, m_x, p_cond.dtype.element_ty)
-    else:
-        b_z = tl.load(p_z + o_row[:, None] * z_stride + o_dim[None, :], mask=m_x, other=0.0)
-    b_x_0 = rows_dot(b_z, p_factor + tl.program_id(1) * BLOCK_N, b_x_0, BLOCK_D, TILE)
+    b_x_0 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32) + tl.load(p_offset + o_out).to(tl.float32)[None, :]
+    for first in range(0, PADDED, BLOCK_K):
+        o_dim = first + tl.arange(0, BLOCK_K)
+        m_x = m_row[:, None] & (o_dim < DIM)[None, :]
+        b_gain = tl.load(p_gain + o_dim[:, None] * PADDED + o_out[None, :])
+        b_factor = tl.load(p_factor + o_dim[:, None] * PADDED + o_out[None, :])
+        b_cond = tl.load(p_cond + o_row[:, None] * cond_stride + o_dim[None, :], mask=m_x, other=0.0)
+        if DRAWN:
+            b_z = draw_rows(seed, b_key, b_sample, 0, m_x, p_cond.dtype.element_ty, first).to(b_factor.dtype)
+        else:
+            b_z = tl.load(p_z + o_row[:, None] * z_stride + o_dim[None, :], mask=m_x, other=0.0)
+        b_x_0 = tl.dot(b_cond, b_gain, b_x_0, input_precision="ieee")
+        b_x_0 = tl.dot(b_z, b_factor, b_x_0, input_precision="ieee")
     p_out = p_x_0 + o_row[:, None] * DIM + o_out[None, :]
     tl.store(p_out, b_x_0.to(p_x_0.dtype.element_ty), mask=m_row[:, None] & (o_out < DIM)[None, :])
 
@@ -71,7 +75,7 @@ def sample_affine(form: ClosedForm, cond: Tensor, noise: Noise) -> Tensor:
     if x_0.numel() == 0:
         return x_0
     cond, z = rows_together(cond), rows_together(z)
-    constants = _blocks(n_rows, dim, cond.element_size(), multiprocessors(cond.device))
+    constants = _blocks(n_rows, dim, multiprocessors(cond.device))
     _sample_affine_kernel[(triton.cdiv(n_rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_N"]))](
         cond,
         z,
@@ -89,26 +93,34 @@ def sample_affine(form: ClosedForm, cond: Tensor, noise: Noise) -> Tensor:
         DRAWN=drawn is not None,
         **constants,
         num_warps=4,
+        num_stages=2,
     )
     return x_0
 
 
 def _pack(form: ClosedForm) -> tuple[Tensor, Tensor, Tensor]:
-    n = block(form.offset.shape[0])
+    n = _padded(form.offset.shape[0])
     return pack_weight(form.gain, n, n), pack_vector(form.offset, n), pack_weight(form.factor, n, n)
 
 
-def _blocks(n_rows: int, dim: int, itemsize: int, processors: int) -> dict[str, int]:
-    block_d = block(dim)
-    block_r = 32 if block_d <= 128 and n_rows >= 32 * processors else 16
-    block_n = min(block_d, 64 if n_rows >= block_r * processors else 32)
-    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "BLOCK_N": block_n, "TILE": 16384 // itemsize}
+def _padded(dim: int) -> int:
+    return block(dim) if dim <= 64 else triton.cdiv(dim, 64) * 64
+
+
+def _blocks(n_rows: int, dim: int, processors: int) -> dict[str, int]:
+    padded = _padded(dim)
+    many = n_rows >= 32 * processors
+    return {
+        "PADDED": padded,
+        "BLOCK_R": 32 if many else 16,
+        "BLOCK_K": min(padded, 32),
+        "BLOCK_N": min(padded, 64 if many else 32),
+    }
 
 
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
     for dtype in ("fp32", "fp16", "bf16"):
-        itemsize = 4 if dtype == "fp32" else 2
         for n_rows, dim in ((1, 64), (1, 128), (1, 256), (1 << 20, 64), (1 << 20, 128), (1 << 20, 256)):
             yield Case(
                 f"{dtype} R={n_rows} D={dim}",
@@ -116,7 +128,7 @@ def cases() -> Iterator[Case]:
                 dict.fromkeys(("p_cond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
                 | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
                 | dict.fromkeys(("cond_stride", "z_stride", "n_rows"), "i32"),
-                {"DIM": dim, "DRAWN": True} | _blocks(n_rows, dim, itemsize, 132),
-                {"num_warps": 4},
-                tensor_core=itemsize == 2,
+                {"DIM": dim, "DRAWN": True} | _blocks(n_rows, dim, 132),
+                {"num_warps": 4, "num_stages": 2},
+                tensor_core=dtype != "fp32",
             )
