@@ -292,8 +292,11 @@ def _choose(
     constants = {**network, "STREAMED": not held, "BLOCK_R": block_r, "BLOCK_H": block_h, "TILE": tile}
     wide = weights >= 64 << 10 if itemsize == 2 else weights > 16 << 10
     stages = 1 if not widths else 3 if itemsize == 2 and shared >= _ROOMY else 2
-    # without maxnreg, ptxas gives up registers for programs that will never run beside this one
-    return constants, {"num_warps": 8 if wide else 4, "num_stages": stages, "maxnreg": 255}
+    options = {"num_warps": 8 if wide else 4, "num_stages": stages}
+    # left alone, ptxas gives up registers, and spills, for programs that will never run beside this one; told not to,
+    # it spills in others: what the table of precompile shows decides
+    alone = held or len(widths) > 0 if itemsize == 2 else block_d != 128 and len(widths) < 2
+    return constants, {**options, "maxnreg": 255} if alone else options
 
 
 def _pack(sampler: MLPSampler) -> tuple[_Network, Tensor, Tensor, int]:

@@ -38,6 +38,7 @@ def _encode_last_item_kernel(
     table_stride,
     n_users,
     n_places,
+    n_in,
     pad_id,
     eps,
     DIM: tl.constexpr,
@@ -64,7 +65,7 @@ def _encode_last_item_kernel(
     b_e = tl.load(p_table + b_item[:, None] * table_stride + o_dim[None, :], mask=m_last, other=0.0).to(tl.float32)
     b_e += tl.load(p_positions + b_last[:, None] * DIM + o_dim[None, :], mask=m_last, other=0.0).to(tl.float32)
     b_query = layer_norm_rows(b_e, p_norms, eps, DIM)
-    b_key = linear_rows_through(b_query, p_scratch, p_weights, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D)
+    b_key = linear_rows_through(b_query, p_scratch, p_weights, n_in, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D)
 
     b_top = tl.full([BLOCK_B], -1e38, tl.float32)  # of the logits so far
     b_sum = tl.zeros([BLOCK_B], tl.float32)
@@ -93,15 +94,18 @@ def _encode_last_item_kernel(
     b_mixed = tl.where(m_any[:, None], b_mixed / tl.where(m_any, b_sum, 1.0)[:, None], b_whole / WINDOW)
 
     b_attention = linear_rows_through(
-        b_mixed, p_scratch, p_weights + LAYER, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D
+        b_mixed, p_scratch, p_weights + LAYER, n_in, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D
     )
     m_query = _has_features(b_query, p_table.dtype.element_ty, 1)
     b_z = layer_norm_rows(b_query + tl.where(m_query[:, None], b_attention, 0.0), p_norms + 2 * BLOCK_D, eps, DIM)
     b_hidden = activate(
-        linear_rows_through(b_z, p_scratch, p_weights + 2 * LAYER, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D), "relu"
+        linear_rows_through(b_z, p_scratch, p_weights + 2 * LAYER, n_in, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D),
+        "relu",
     )
     b_h = layer_norm_rows(
-        linear_rows_through(b_hidden, p_scratch, p_weights + 3 * LAYER, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D)
+        linear_rows_through(
+            b_hidden, p_scratch, p_weights + 3 * LAYER, n_in, BLOCK_D, BLOCK_D, BLOCK_K, BLOCK_D * BLOCK_D
+        )
         + b_z,
         p_norms + 4 * BLOCK_D,
         eps,
@@ -117,7 +121,7 @@ def _encode_last_item_kernel(
         p_head = p_norms + 8 * BLOCK_D
         for first in range(0, PADDED, BLOCK_N):
             o_out = first + tl.arange(0, BLOCK_N)
-            b_y = linear_rows_through(b_h, p_scratch, p_head + first, BLOCK_N, PADDED, BLOCK_K, BLOCK_D * PADDED)
+            b_y = linear_rows_through(b_h, p_scratch, p_head + first, n_in, BLOCK_N, PADDED, BLOCK_K, BLOCK_D * PADDED)
             p_rows_out = p_out + o_user[:, None] * OUTPUTS + o_out[None, :]
             tl.store(p_rows_out, b_y.to(p_out.dtype.element_ty), mask=m_user[:, None] & (o_out < OUTPUTS)[None, :])
 
@@ -160,6 +164,7 @@ def encode_last_item(items: Tensor, lengths: Tensor, item_table: Tensor, block: 
         item_table.stride(0),
         n_users,
         items.shape[1],
+        constants["BLOCK_D"],
         block.pad_id,
         block.eps,
         WINDOW=positions.shape[0],
@@ -209,7 +214,7 @@ def cases() -> Iterator[Case]:
                 dict.fromkeys(("p_items", "p_lengths"), "*i64")
                 | dict.fromkeys(("p_table", "p_positions", "p_weights", "p_out"), f"*{dtype}")
                 | {"p_scratch": "*fp32"}
-                | dict.fromkeys(("items_stride", "table_stride", "n_users", "n_places", "pad_id"), "i32")
+                | dict.fromkeys(("items_stride", "table_stride", "n_users", "n_places", "n_in", "pad_id"), "i32")
                 | {"eps": "fp32"},
                 {"WINDOW": 10, "OUTPUTS": outputs} | constants,
                 options,

@@ -21,6 +21,7 @@ from fastdiff.per_object import packed
 @triton.jit
 def _sample_affine_kernel(
     p_cond,
+    p_uncond,
     p_z,
     p_seed,
     p_row_key,
@@ -30,11 +31,14 @@ def _sample_affine_kernel(
     p_factor,
     p_x_0,
     cond_stride,
+    uncond_stride,
     z_stride,
+    guidance_scale,
     n_rows,
+    padded,
     DIM: tl.constexpr,
+    GUIDED: tl.constexpr,
     DRAWN: tl.constexpr,  # z is made here
-    PADDED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,12 +51,16 @@ def _sample_affine_kernel(
         b_key = tl.load(p_row_key + o_row, mask=m_row, other=0)
         b_sample = tl.load(p_sample + o_row, mask=m_row, other=0)
     b_x_0 = tl.zeros([BLOCK_R, BLOCK_N], tl.float32) + tl.load(p_offset + o_out).to(tl.float32)[None, :]
-    for first in range(0, PADDED, BLOCK_K):
+    for first in range(0, padded, BLOCK_K):
         o_dim = first + tl.arange(0, BLOCK_K)
         m_x = m_row[:, None] & (o_dim < DIM)[None, :]
-        b_gain = tl.load(p_gain + o_dim[:, None] * PADDED + o_out[None, :])
-        b_factor = tl.load(p_factor + o_dim[:, None] * PADDED + o_out[None, :])
+        b_gain = tl.load(p_gain + o_dim[:, None] * padded + o_out[None, :])
+        b_factor = tl.load(p_factor + o_dim[:, None] * padded + o_out[None, :])
         b_cond = tl.load(p_cond + o_row[:, None] * cond_stride + o_dim[None, :], mask=m_x, other=0.0)
+        if GUIDED:
+            p_null = p_uncond + o_row[:, None] * uncond_stride + o_dim[None, :]
+            b_uncond = tl.load(p_null, mask=m_x, other=0.0).to(tl.float32)
+            b_cond = (b_uncond + guidance_scale * (b_cond.to(tl.float32) - b_uncond)).to(b_gain.dtype)
         if DRAWN:
             b_z = draw_rows(seed, b_key, b_sample, 0, m_x, p_cond.dtype.element_ty, first).to(b_factor.dtype)
         else:
@@ -63,11 +71,14 @@ def _sample_affine_kernel(
     tl.store(p_out, b_x_0.to(p_x_0.dtype.element_ty), mask=m_row[:, None] & (o_out < DIM)[None, :])
 
 
-def sample_affine(form: ClosedForm, cond: Tensor, noise: Noise) -> Tensor:
+def sample_affine(form: ClosedForm, cond: Tensor, uncond: Tensor | None, guidance_scale: float, noise: Noise) -> Tensor:
     """See `fastdiff.ops.sample_affine.sample_affine_ref`. Philox draws are made inside."""
     gain, offset, factor = packed(form, _pack)
     n_rows, dim = cond.shape[0], form.offset.shape[0]
     require("sample_affine", "cond", cond, (n_rows, dim), gain.dtype)
+    if uncond is not None:
+        require("sample_affine", "uncond", uncond, (n_rows if uncond.shape[0] != 1 else 1, dim), gain.dtype)
+        uncond = rows_together(uncond)
     drawn = noise if isinstance(noise, PhiloxNoise) else None
     z = cond if drawn is not None else noise.draw(0)
     require("sample_affine", "noise", z, (n_rows, dim), gain.dtype)
@@ -75,9 +86,10 @@ def sample_affine(form: ClosedForm, cond: Tensor, noise: Noise) -> Tensor:
     if x_0.numel() == 0:
         return x_0
     cond, z = rows_together(cond), rows_together(z)
-    constants = _blocks(n_rows, dim, multiprocessors(cond.device))
+    constants = _blocks(n_rows, dim, cond.element_size(), multiprocessors(cond.device))
     _sample_affine_kernel[(triton.cdiv(n_rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_N"]))](
         cond,
+        cond if uncond is None else uncond,
         z,
         offset if drawn is None else device_int(drawn.seed, cond.device),
         offset if drawn is None else drawn.row_key.contiguous(),
@@ -87,9 +99,13 @@ def sample_affine(form: ClosedForm, cond: Tensor, noise: Noise) -> Tensor:
         factor,
         x_0,
         cond.stride(0),
+        0 if uncond is None or uncond.shape[0] == 1 else uncond.stride(0),
         z.stride(0),
+        guidance_scale,
         n_rows,
+        gain.shape[1],  # an argument, because LLVM unrolls loops whose length it knows
         DIM=dim,
+        GUIDED=uncond is not None,
         DRAWN=drawn is not None,
         **constants,
         num_warps=4,
@@ -107,11 +123,10 @@ def _padded(dim: int) -> int:
     return block(dim) if dim <= 64 else triton.cdiv(dim, 64) * 64
 
 
-def _blocks(n_rows: int, dim: int, processors: int) -> dict[str, int]:
+def _blocks(n_rows: int, dim: int, itemsize: int, processors: int) -> dict[str, int]:
     padded = _padded(dim)
-    many = n_rows >= 32 * processors
+    many = itemsize == 2 and n_rows >= 32 * processors  # float32 would spill
     return {
-        "PADDED": padded,
         "BLOCK_R": 32 if many else 16,
         "BLOCK_K": min(padded, 32),
         "BLOCK_N": min(padded, 64 if many else 32),
@@ -125,10 +140,11 @@ def cases() -> Iterator[Case]:
             yield Case(
                 f"{dtype} R={n_rows} D={dim}",
                 _sample_affine_kernel,
-                dict.fromkeys(("p_cond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
+                dict.fromkeys(("p_cond", "p_uncond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
                 | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
-                | dict.fromkeys(("cond_stride", "z_stride", "n_rows"), "i32"),
-                {"DIM": dim, "DRAWN": True} | _blocks(n_rows, dim, 132),
+                | dict.fromkeys(("cond_stride", "uncond_stride", "z_stride", "n_rows", "padded"), "i32")
+                | {"guidance_scale": "fp32"},
+                {"DIM": dim, "GUIDED": True, "DRAWN": True} | _blocks(n_rows, dim, 4 if dtype == "fp32" else 2, 132),
                 {"num_warps": 4, "num_stages": 2},
                 tensor_core=dtype != "fp32",
             )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff.errors import InvalidArgument
 from fastdiff.noise import GeneratorNoise, GivenNoise, Noise, PhiloxNoise, StartNoise
 from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.denoise_mlp_loop import (
@@ -18,7 +19,7 @@ from fastdiff.ops.denoise_mlp_loop import (
     denoise_mlp_loop_ref,
     guided,
 )
-from tests.tolerances import FLOOR, assert_agree, relative_error
+from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 CPU_MISSING = "cpu" not in denoise_mlp_loop.available("cpu")
 COND = 5  # width of the condition before the first layer
@@ -129,11 +130,17 @@ CASES = {
     "linear, shared null": replace(LINEAR, guidance="shared"),
     "linear, a null per row": replace(LINEAR, rows=13, dim=33, guidance="per row"),
     "linear, layer norm, shared null": replace(LINEAR, guidance="shared", out_norm=True),
+    "wide": replace(LINEAR, rows=3, dim=130, steps=3),
+    "wide, a hidden layer of several blocks": replace(
+        LINEAR, rows=18, dim=130, hidden=(300,), steps=2, guidance="per row"
+    ),
+    "layer norm, one hidden layer, shared null": replace(ONE, hidden=(90,), guidance="shared", out_norm=True),
+    "four layers, shared null": replace(ONE, hidden=(20, 70, 12), guidance="shared", activation="relu"),
 } | {name: replace(TWO, activation=name) for name in ACTIVATIONS}
 
 
 @pytest.mark.usefixtures("nan_empty")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_the_network_run_step_by_step(loop, case, dtype):
     skip_unless_it_runs(loop, dtype)
@@ -144,7 +151,7 @@ def test_equals_the_network_run_step_by_step(loop, case, dtype):
     assert ours.dtype == dtype
     twin = relative_error(denoise_mlp_loop_ref(*given), truth)
     assert relative_error(ours, truth) <= 2 * twin + FLOOR[dtype]
-    if dtype != torch.bfloat16:
+    if dtype in AGREE:
         assert_agree(ours, truth, dtype)
 
 
@@ -187,7 +194,8 @@ def test_rows_do_not_depend_on_each_other(loop, dtype):
 def test_draws_made_inside_are_the_draws_of_the_noise(loop, dtype):
     """Philox, its start given apart, and any other noise, against the same numbers handed in."""
     skip_unless_it_runs(loop, dtype)
-    for case in (CASES["many rows"], LINEAR, replace(ONE, dim=50, steps=90, guidance="shared")):
+    long = replace(ONE, dim=50, steps=12 if loop.backend == "triton" else 90, guidance="shared")  # interpreted
+    for case in (CASES["many rows"], LINEAR, long):
         given = arguments(case, case.tensors(), dtype)
         rows = slice(0, case.rows)
         draws = torch.stack([philox(rows, dtype, case.dim).draw(i) for i in range(case.steps + 1)])
@@ -242,6 +250,30 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(cas
             null = uncond[rows] if case.guidance == "per row" else uncond
             part = loop(None, sampler, cond[rows], null, scale, philox(rows, torch.float32, case.dim))
             assert torch.equal(part, whole[rows]), (threads, rows)
+
+
+@pytest.mark.skipif("triton" not in denoise_mlp_loop.available("cpu", torch.float16), reason="no Triton here")
+def test_draws_in_half_precision_are_those_that_the_noise_hands_out():
+    loop = denoise_mlp_loop.bind("triton", "cpu", torch.float16)
+    case = replace(ONE, rows=5, dim=20, steps=4)
+    given, rows = arguments(case, case.tensors(), torch.float16), slice(0, 5)
+    draws = torch.stack([philox(rows, torch.float16, case.dim).draw(i) for i in range(case.steps + 1)])
+    truth = loop(None, *given[1:5], GivenNoise(draws))
+    assert relative_error(loop(None, *given[1:5], philox(rows, torch.float16, case.dim)), truth) <= FLOOR[torch.float16]
+
+
+@pytest.mark.skipif("triton" not in denoise_mlp_loop.available("cpu"), reason="no Triton here")
+def test_what_does_not_fit_is_named_by_triton_too():
+    loop = denoise_mlp_loop.bind("triton", "cpu")
+    x, sampler, cond, uncond, scale, noise = arguments(LINEAR, LINEAR.tensors(), torch.float32)
+    for arguments_of, match in (
+        ((x, sampler, cond[:, :5], uncond, scale, noise), r"cond must have shape \[4, 6\]"),
+        ((x[:3], sampler, cond, uncond, scale, noise), r"x_t must have shape \[4, 6\]"),
+        ((x.double(), sampler, cond, uncond, scale, noise), r"x_t must have .* dtype torch.float32"),
+        ((x, sampler, cond, uncond, scale, GivenNoise(noise.noise[:4])), r"the draws of 6 steps \(got \[3, 4, 6\]\)"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"denoise_mlp_loop: .*{match}"):
+            loop(*arguments_of)
 
 
 @pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")

@@ -79,7 +79,7 @@ def interests_of(items: Tensor, lengths: Tensor, table: Tensor, extractor: Inter
 @pytest.mark.parametrize("dim", [1, 2, 7, 16, 33, 50, 64])
 @pytest.mark.parametrize("interests", [1, 4, 17])
 @pytest.mark.parametrize("kind", ["values", "positions in values", "last items"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_equals_the_formula_user_by_user(encode, dim, interests, kind, dtype):
     if encode_interests.why_not(encode.backend, "cpu", dtype):
         pytest.skip(encode_interests.why_not(encode.backend, "cpu", dtype))

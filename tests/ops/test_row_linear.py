@@ -28,7 +28,7 @@ def made(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_equals_the_product(linear, shape, layout, dtype):
     if row_linear.why_not(linear.backend, "cpu", dtype):
         pytest.skip(row_linear.why_not(linear.backend, "cpu", dtype))
