@@ -33,7 +33,7 @@ CPP := $(sort $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cpu/*.cpp csrc/cpu/*
 help:
 	@echo "make demo    recommendations from the model that ships with fastdiff, and how good they are (seconds)"
 	@echo "make test    the tests (minutes); ARGS='tests/ops -x' goes to pytest"
-	@echo "make check   what takes longer: every CPU level, sanitizers, other compilers, many threads (10 minutes)"
+	@echo "make check   what takes longer: every CPU level, sanitizers, other compilers, Triton kernels, many threads (10 minutes)"
 	@echo "make bench   time fastdiff against the published algorithms"
 	@echo "make lint    ruff, ruff format --check, mypy --strict"
 	@echo "make build   only the C++ parts, such as after a compiler was installed; the environment stays"
@@ -53,6 +53,7 @@ test: $(READY)
 check: $(READY)
 	@$(PY) csrc/tests/run.py
 	@$(PY) -m tests.levels
+	@$(PY) -m tests.kernels
 	@FASTDIFF_TEST_SECONDS=60 $(PY) -m pytest tests/test_concurrency.py
 
 bench: $(READY)

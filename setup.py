@@ -201,7 +201,11 @@ ext_modules, cmdclass = extensions()
 setup(
     packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
     package_dir={"fastdiff.kernels": "kernels"},
-    package_data={"fastdiff": ["py.typed", "*.pyi"], "fastdiff.demo": ["model/*"]},
+    package_data={
+        "fastdiff": ["py.typed", "*.pyi"],
+        "fastdiff.demo": ["model/*"],
+        "fastdiff.kernels": ["configs/*.json"],
+    },
     include_package_data=False,
     ext_modules=ext_modules,
     cmdclass=cmdclass,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -12,8 +13,9 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import next_power_of_2, rows_together
+from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 
-_NUMBERS = 4096  # of a tensor, that one program reads
+_NUMBERS = (4096, 2048, 1024)  # of a tensor, that one program may read
 
 
 @triton.jit
@@ -75,8 +77,9 @@ def sampler_step(
         return x_prev
     model_output, x_t = rows_together(model_output), rows_together(x_t)
     noise = x_t if noise is None else rows_together(noise)
-    block_r, block_d = _blocks(n_rows, dim)
-    _sampler_step_kernel[(triton.cdiv(n_rows, block_r),)](
+    block_d = next_power_of_2(dim)
+    config = choose("sampler_step", (bucket(n_rows), block_d), _candidates, x_prev.device)
+    _sampler_step_kernel[(triton.cdiv(n_rows, config.constants["BLOCK_R"]),)](
         model_output,
         x_t,
         noise,
@@ -92,28 +95,38 @@ def sampler_step(
         HAS_X_T=c_xt != 0.0,
         HAS_NOISE=c_noise != 0.0,
         NORMALIZE=normalize,
-        BLOCK_R=block_r,
         BLOCK_D=block_d,
+        **config.launch(),
     )
     return x_prev
 
 
-def _blocks(n_rows: int, dim: int) -> tuple[int, int]:
-    block_d = next_power_of_2(dim)
-    return max(1, min(_NUMBERS // block_d, next_power_of_2(n_rows))), block_d
+def _candidates(rows: int, block_d: int) -> list[Config]:
+    blocks = dict.fromkeys(max(1, min(numbers // block_d, rows)) for numbers in _NUMBERS)
+    return [Config({"BLOCK_R": block_r}, num_warps=warps, num_stages=1) for block_r in blocks for warps in (4, 8)]
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times."""
+    for rows, block_d in ((32, 64), (1024, 64), (32, 128), (1024, 128), (65536, 128)):
+        output, x_t, noise = torch.randn(3, rows, block_d, device=device)
+        run = partial(sampler_step, output, x_t, noise, 0.9, 0.3, 0.2, True)
+        yield Problem((rows, block_d), _candidates(rows, block_d), run)
 
 
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
     for dtype in ("fp32", "fp16", "bf16"):
-        for n_rows, dim in ((1, 64), (1024, 128)):
-            block_r, block_d = _blocks(n_rows, dim)
-            pointers = dict.fromkeys(("p_output", "p_x_t", "p_noise", "p_x_prev"), f"*{dtype}")
-            strides = dict.fromkeys(("output_stride", "x_t_stride", "noise_stride"), "i32")
-            factors = dict.fromkeys(("c_out", "c_xt", "c_noise"), "fp32")
-            yield Case(
-                f"{dtype} R={n_rows} D={dim}",
-                _sampler_step_kernel,
-                {**pointers, **strides, **factors, "n_rows": "i32", "dim": "i32"},
-                {"HAS_X_T": True, "HAS_NOISE": True, "NORMALIZE": True, "BLOCK_R": block_r, "BLOCK_D": block_d},
-            )
+        pointers = dict.fromkeys(("p_output", "p_x_t", "p_noise", "p_x_prev"), f"*{dtype}")
+        strides = dict.fromkeys(("output_stride", "x_t_stride", "noise_stride"), "i32")
+        factors = dict.fromkeys(("c_out", "c_xt", "c_noise"), "fp32")
+        flags = {"HAS_X_T": True, "HAS_NOISE": True, "NORMALIZE": True}
+        for rows, block_d in ((1, 64), (1024, 128)):
+            for config in _candidates(rows, block_d):
+                yield Case(
+                    f"{dtype} R={config.constants['BLOCK_R']} D={block_d} warps={config.num_warps}",
+                    _sampler_step_kernel,
+                    {**pointers, **strides, **factors, "n_rows": "i32", "dim": "i32"},
+                    {**flags, "BLOCK_D": block_d, **config.constants},
+                    config.options(),
+                )

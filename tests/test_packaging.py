@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 
 HEAVY = ("triton", "scipy", "matplotlib", "yaml", "pytest", "hypothesis", "pandas", "torch.utils.cpp_extension")
 
+RECORD = "kernels/configs/GPU.json"
+
 
 def python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter that finds fastdiff in `paths` only, whatever this one has installed."""
@@ -86,6 +88,8 @@ def build(command: list[str], source: Path, **environment: str) -> subprocess.Co
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = copy_of_the_checkout(folder)
+    (source / RECORD).parent.mkdir(exist_ok=True)
+    (source / RECORD).write_text("{}")  # what kernels/tuning.py writes on a GPU
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
     result = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -110,6 +114,7 @@ def test_the_wheel_holds_every_package_and_its_data(wheel: Path) -> None:
     expected = {path.as_posix() for path in source}
     assert expected <= names, sorted(expected - names)
     assert "fastdiff/py.typed" in names
+    assert f"fastdiff/{RECORD}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     foreign = [name for name in names if not name.startswith(("fastdiff/", "fastdiff-"))]
     assert not foreign, "a wheel of fastdiff installs nothing beside it"

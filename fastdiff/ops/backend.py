@@ -55,6 +55,8 @@ def why_not(backend: str, device: torch.device | str, dtype: torch.dtype = torch
 def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package 'triton' is not installed"
+    if importlib.util.find_spec("fastdiff.kernels") is None:
+        return "fastdiff.kernels is not installed: this checkout was never set up; run `pip install -e .` in it"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """Which backend runs, and what is said where one cannot."""
 
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from fastdiff import ops
 from fastdiff.errors import BackendUnavailable, InvalidArgument
 from fastdiff.ops import backend as module
 from fastdiff.ops.backend import BACKENDS, Op, why_not
+from tests.conftest import ROOT
 
 
 def reference(x: float) -> float:
@@ -54,6 +56,7 @@ def test_why_not_says_what_the_library_says(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_triton_is_interpreted_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
     assert why_not("triton", "cpu") is None
     assert why_not("triton", "cpu", torch.float16) is None
     assert "interpreter computes wrongly in bfloat16" in str(why_not("triton", "cpu", torch.bfloat16))
@@ -64,6 +67,8 @@ def test_triton_is_interpreted_where_asked(monkeypatch: pytest.MonkeyPatch) -> N
 def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert why_not("triton", "cuda") == "the package 'triton' is not installed"
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object() if name == "triton" else None)
+    assert "run `pip install -e .` in it" in str(why_not("triton", "cuda"))
 
 
 def test_unknown_backend() -> None:
@@ -134,3 +139,11 @@ def test_available_backends() -> None:
     assert "torch" in runs
     assert [module.why_no_op(backend, "cpu") is None for backend in BACKENDS] == [name in runs for name in BACKENDS]
     assert module.why_no_op("triton", "cpu") == "it needs a CUDA device, got cpu"
+
+
+def test_every_triton_kernel_is_compiled_ahead_of_time() -> None:
+    """`cases()` names the configurations that a launcher may choose; `make check` compiles those."""
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {name for name, text in sources.items() if re.search(r"^def _\w+_kernel\(", text, re.M)}
+    assert kernels
+    assert [name for name in sorted(kernels) if "\ndef cases() -> " not in sources[name]] == []
