@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.ops import ALL
-from fastdiff.ops.backend import BACKENDS
 from tests.conftest import ROOT
 
 HEAVY = ("triton", "scipy", "matplotlib", "yaml", "pytest", "hypothesis", "pandas", "torch.utils.cpp_extension")
@@ -277,18 +275,6 @@ def test_a_source_distribution_builds_like_a_checkout(tmp_path: Path) -> None:
     needed += [source / name for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile")]
     missing = {path.relative_to(source).as_posix() for path in needed if "__pycache__" not in path.parts} - names
     assert not missing, sorted(missing)
-
-
-def test_the_readme_says_which_op_runs_on_which_backend() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    matrix = text[text.index("| op | torch | cpu | triton | cuda |") :].split("\n\n")[0].splitlines()[2:]
-    expected = [
-        f"| `{op.name}` | yes | "
-        + " | ".join("yes" if backend in op.implementations else "not yet" for backend in BACKENDS[1:])
-        + " |"
-        for op in ALL
-    ]
-    assert matrix == expected
 
 
 def test_the_licence_is_apache_2() -> None:

@@ -31,6 +31,8 @@ from fastdiff.ops.cpu import library
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+DTYPES = {"cpu": (torch.float32,), "triton": (torch.float32, torch.float16, torch.bfloat16)}
+"""The dtypes in which a backend computes; a backend that is not named takes any."""
 
 
 def why_not(backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -41,7 +43,7 @@ def why_not(backend: str, device: torch.device | str, dtype: torch.dtype = torch
     if backend == "cpu":
         if device.type != "cpu":
             return f"it needs the tensors on the CPU, got {device.type}"
-        if dtype != torch.float32:
+        if dtype not in DTYPES["cpu"]:
             return f"it computes in float32, got {str(dtype).removeprefix('torch.')}"
         library.check_level()
         return library.why_not()
@@ -57,7 +59,7 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the package 'triton' is not installed"
     if importlib.util.find_spec("fastdiff.kernels") is None:
         return "fastdiff.kernels is not installed: this checkout was never set up; run `pip install -e .` in it"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in DTYPES["triton"]:
         return f"it computes in float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda":
         return None

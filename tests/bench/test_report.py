@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from bench import machine, plots, report, tables
+from bench.readme import backend_matrix
 from bench.roofline import achieved
 from bench.rows import Row, append_rows, read_rows
+from fastdiff import ops
+from fastdiff.ops.backend import BACKENDS
 from tests.bench.toys import CEILINGS
 
 MACHINE = machine.facts(torch.device("cpu"))
@@ -187,13 +190,14 @@ def test_a_file_that_holds_no_rows(tmp_path: Path) -> None:
         read_rows(path)
 
 
-# --- the README's table -----------------------------------------------------------------------------------------------
+# --- the README's tables ----------------------------------------------------------------------------------------------
 
 
 def test_the_table_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
     append_rows(ROWS, rows)
-    readme.write_text("a\n<!-- bench:headline -->\nold\n<!-- /bench:headline -->\nb\n")
+    marked = "".join(f"<!-- bench:{mark} -->\nold\n<!-- /bench:{mark} -->\n" for mark in ("headline", "backends"))
+    readme.write_text(f"a\n{marked}b\n")
     arguments = ["--rows", str(rows), "--output", str(tmp_path / "out"), "--readme", str(readme)]
     assert report.main(arguments) == 0
     first = readme.read_text()
@@ -204,8 +208,18 @@ def test_the_table_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "old" not in first
     assert "| 24 " in first
     assert "T = 32" in first
+    assert backend_matrix() in first
     assert machine.describe(MACHINE) in first
     readme.write_text("no marks")
     with pytest.raises(SystemExit):
         report.main(arguments)
     assert "holds 0 pairs of marks" in capsys.readouterr().err
+
+
+def test_the_readme_says_which_op_runs_on_which_backend() -> None:
+    text = (machine.ROOT / "README.md").read_text(encoding="utf-8")
+    assert backend_matrix() in text, "run python -m bench.readme README.md"
+    for op in ops.ALL:
+        (line,) = [line for line in backend_matrix().splitlines() if line.startswith(f"| `{op.name}`")]
+        said = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert said == ["yes", *("yes" if name in op.implementations else "not yet" for name in BACKENDS[1:])]
