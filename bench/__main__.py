@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases = [case for case in cases if not providers or set(providers) & {*case.others, *case.ours}]
         if not cases:
             raise ValueError(f"--provider: none of these cases has {' or '.join(providers)}; --list shows who has what")
-        device = _device(given.device)
+        device = device_of(given.device)
     except ValueError as error:
         command.error(str(error))
     if given.seconds <= 0:
@@ -112,7 +112,7 @@ def _known(given: Sequence[str] | None, known: Sequence[str] | set[str] | dict[s
     return list(given or ())
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device: must be cpu or cuda (got {name!r})")
     if name == "cuda" and not torch.cuda.is_available():

@@ -29,6 +29,7 @@ PROVIDERS = {
     "published": "the authors' algorithm as published, eager PyTorch",
     "published-compiled": "the same with its networks under torch.compile (only with --compile)",
     "eager": "the same model in lean eager PyTorch: nothing computed twice or for nothing, no loop over users",
+    "torch-randn": "torch.randn, whose numbers depend on how many were drawn before; shown beside the others",
     "torch-topk": "torch.mm of all scores, then torch.topk, eager PyTorch",
     "torch-topk-compiled": "the same under torch.compile (only with --compile)",
     "torch-topk-bf16": "the same with table, queries and scores in bfloat16: an approximate ranking",
