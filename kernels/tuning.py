@@ -58,6 +58,10 @@ class Config:
         """The keyword arguments of the launch."""
         return {**self.constants, **self.options()}
 
+    def words(self) -> str:
+        """For tables: the constants, and how many warps."""
+        return " ".join([*map(str, self.constants.values()), f"warps={self.num_warps}"])
+
     def options(self) -> dict[str, int]:
         """Those of them that are no arguments of the kernel: what `precompile.Case.options` takes."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}

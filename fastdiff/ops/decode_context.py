@@ -95,4 +95,11 @@ def decode_context_ref(
     return x_t
 
 
-decode_context = Op("decode_context", decode_context_ref, {"cpu": "fastdiff.ops.cpu.decode_context:decode_context"})
+decode_context = Op(
+    "decode_context",
+    decode_context_ref,
+    {
+        "cpu": "fastdiff.ops.cpu.decode_context:decode_context",
+        "triton": "fastdiff.kernels.decode_context:decode_context",
+    },
+)

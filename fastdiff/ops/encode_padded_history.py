@@ -63,5 +63,8 @@ def encode_padded_history_ref(items: Tensor, lengths: Tensor, item_table: Tensor
 encode_padded_history = Op(
     "encode_padded_history",
     encode_padded_history_ref,
-    {"cpu": "fastdiff.ops.cpu.encode_padded_history:encode_padded_history"},
+    {
+        "cpu": "fastdiff.ops.cpu.encode_padded_history:encode_padded_history",
+        "triton": "fastdiff.kernels.encode_padded_history:encode_padded_history",
+    },
 )

@@ -1,0 +1,206 @@
+"""What the kernels of CDDRec share: weights as they read them, and what is done to a block of rows.
+
+Matrices stand transposed, [inputs, outputs], vectors in float32, both with zeros up to whole blocks: tiles of weights
+are read without masks, and what lies beyond the model's own dims is 0 at every stage. A row's residual stream, norms
+and sums stay in registers, in float32; the left side of a product, in the dtype of the weights, goes through memory,
+so that a product is a loop over depth whose tiles are fetched ahead, and no thread holds a whole row of operands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.runtime import next_power_of_2
+from fastdiff.kernels.tuning import Config
+from fastdiff.ops.padded_transformer import Layer
+
+LEAST = 16  # of the extents of a matrix product
+_SHARED = 72 << 10  # bytes for the tiles that are fetched ahead: what every GPU since sm_80 has, with room for the rest
+
+
+def block_of(n: int) -> int:
+    """The extent that holds n features."""
+    return max(LEAST, next_power_of_2(n))
+
+
+def whole(n: int, unit: int) -> int:
+    """n rounded up to whole units."""
+    return -(-n // unit) * unit
+
+
+def pack_matrix(weight: Tensor, n_in: int, n_out: int) -> Tensor:
+    """A layer's weight [outputs, inputs] as [n_in, n_out]."""
+    outputs, inputs = weight.shape
+    return F.pad(weight.detach().T, (0, n_out - outputs, 0, n_in - inputs)).contiguous()
+
+
+def pack_vectors(extent: int, *vectors: Tensor) -> Tensor:
+    """[n, extent] float32."""
+    return torch.stack([F.pad(x.detach().to(torch.float32), (0, extent - x.shape[0])) for x in vectors])
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The rest of a layer after its attention: h = LN_1(x + out(gathered)), then LN_2(h + down(act(up(h)))).
+
+    out [E, BLOCK_D], up [BLOCK_D, F], down [F, BLOCK_D]   in the weights' dtype; E and F whole tiles of depth
+    rows   [6, BLOCK_D]  out's bias, LN_1's weight and bias, down's bias, LN_2's weight and bias       up_bias  [F]
+    """
+
+    out: Tensor
+    up: Tensor
+    down: Tensor
+    rows: Tensor
+    up_bias: Tensor
+    depth: int
+    dim: int
+
+    @classmethod
+    def of(cls, out: Layer, norm_1: Layer, up: Layer, down: Layer, norm_2: Layer) -> Finish:
+        dim, depth = out[0].shape
+        block_d, tile = block_of(dim), 64
+        hidden = whole(up[0].shape[0], tile)
+        return cls(
+            pack_matrix(out[0], whole(depth, tile), block_d),
+            pack_matrix(up[0], block_d, hidden),
+            pack_matrix(down[0], hidden, block_d),
+            pack_vectors(block_d, out[1], *norm_1, down[1], *norm_2),
+            pack_vectors(hidden, up[1])[0],
+            depth,
+            dim,
+        )
+
+    def constants(self) -> dict[str, int]:
+        """What a kernel that finishes rows is compiled for."""
+        return {"D": self.dim, "DEPTH": self.out.shape[0], "F": self.up.shape[1], "BLOCK_D": self.out.shape[1]}
+
+
+def finish_candidates(rows: int, block_d: int, dtype: str) -> list[Config]:
+    """Tiles for `Finish`: 16 rows to a program, so that few users spread over many of the GPU's cores; 32 where there
+    are rows enough for all of them, which halves how often weights are read. In float32 products run without matrix
+    units and keep their operands in registers, which larger tiles would spill."""
+    half, wide = dtype != "float32", block_d > 128
+    depth, units = (32 if wide else 64,) * 2 if half else (16, 16 if wide else 32)
+    shapes = [(16, 8), (16, 4), (32, 8)]  # rows, warps
+    if wide or not half:
+        shapes.remove((32, 8) if not half else (16, 4))
+    elif rows <= 8192:
+        shapes = [(16, 4), (16, 8), (32, 8)]
+    if rows > 8192 and half:
+        shapes.reverse()
+    tiles = 2 * block_d * units * (2 if half else 4)  # bytes of a stage: a tile of up and one of down
+    stages = next((stages for stages in (3, 2) if (stages - 1) * tiles <= _SHARED), 1)
+    return [
+        Config(
+            {"BLOCK_R": block_r, "BLOCK_K": depth, "BLOCK_F": units},
+            warps,
+            stages,
+            shared=max(1, stages - 1) * tiles + 4 * block_r * block_d + 2048,
+        )
+        for block_r, warps in shapes
+    ]
+
+
+def dtype_key(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- row by row -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def layer_norm(b_x, p_weight, p_bias, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """LayerNorm of rows [R, BLOCK_D] float32 that are 0 from column D on, and stay so."""
+    o_dim = tl.arange(0, BLOCK_D)
+    b_centred = b_x - (tl.sum(b_x, axis=1) / D)[:, None]
+    if D != BLOCK_D:
+        b_centred = tl.where((o_dim < D)[None, :], b_centred, 0.0)
+    b_deviation = tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / D + eps)
+    b_weight, b_bias = tl.load(p_weight + o_dim), tl.load(p_bias + o_dim)
+    return b_centred / b_deviation[:, None] * b_weight[None, :] + b_bias[None, :]
+
+
+@triton.jit
+def activate(b_x, GELU: tl.constexpr):
+    """gelu (by erf) or relu."""
+    return 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476)) if GELU else tl.maximum(b_x, 0.0)
+
+
+@triton.jit
+def feed_forward(
+    b_h,
+    p_shared,
+    p_up,
+    p_up_bias,
+    p_down,
+    GELU: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h + down(act(up(h))), without down's bias, of rows h [R, BLOCK_D] float32.
+
+    p_shared  [R] pointers to room for BLOCK_D numbers of each row, of this program alone
+    """
+    o_dim = tl.arange(0, BLOCK_D)
+    tl.debug_barrier()  # what was read from there before has been read by all threads
+    tl.store(p_shared[:, None] + o_dim[None, :], b_h.to(p_shared.dtype.element_ty))
+    tl.debug_barrier()
+    b_sum = b_h
+    for first in range(0, F, BLOCK_F):
+        o_unit = first + tl.arange(0, BLOCK_F)
+        b_up = tl.zeros([b_h.shape[0], BLOCK_F], tl.float32) + tl.load(p_up_bias + o_unit)[None, :]
+        for first_in in tl.static_range(0, BLOCK_D, BLOCK_K):
+            o_in = first_in + tl.arange(0, BLOCK_K)
+            b_input = tl.load(p_shared[:, None] + o_in[None, :])
+            b_weight = tl.load(p_up + o_in[:, None] * F + o_unit[None, :])
+            b_up = tl.dot(b_input, b_weight, b_up, input_precision="ieee")
+        b_weight = tl.load(p_down + o_unit[:, None] * BLOCK_D + o_dim[None, :])
+        b_up = activate(b_up, GELU).to(p_down.dtype.element_ty)
+        b_sum = tl.dot(b_up, b_weight, b_sum, input_precision="ieee")
+    return b_sum
+
+
+@triton.jit
+def after_attention(
+    p_gathered,
+    gathered_stride,
+    p_residual,
+    residual_stride,
+    p_out,
+    p_rows,
+    o_row,
+    m_row,
+    depth,
+    eps,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """LN_1(residual + out(gathered)) [R, BLOCK_D] float32 of the rows o_row [R]; see `Finish`."""
+    o_dim = tl.arange(0, BLOCK_D)
+    m_dim = m_row[:, None] & (o_dim < D)[None, :]
+    p_residual_rows = p_residual + o_row[:, None] * residual_stride + o_dim[None, :]
+    b_sum = tl.load(p_residual_rows, mask=m_dim, other=0.0).to(tl.float32) + tl.load(p_rows + o_dim)[None, :]
+    for first in range(0, DEPTH, BLOCK_K):
+        o_in = first + tl.arange(0, BLOCK_K)
+        m_in = m_row[:, None] & (o_in < depth)[None, :]
+        b_gathered = tl.load(p_gathered + o_row[:, None] * gathered_stride + o_in[None, :], mask=m_in, other=0.0)
+        b_weight = tl.load(p_out + o_in[:, None] * BLOCK_D + o_dim[None, :])
+        b_sum = tl.dot(b_gathered, b_weight, b_sum, input_precision="ieee")
+    return layer_norm(b_sum, p_rows + BLOCK_D, p_rows + 2 * BLOCK_D, eps, D, BLOCK_D)
+
+
+def finish_types(dtype: str) -> dict[str, Any]:
+    """Signature of what the kernels that use `Finish` have in common."""
+    pointers = dict.fromkeys(("p_gathered", "p_out", "p_up", "p_down", "p_shared"), f"*{dtype}")
+    return {**pointers, "p_rows": "*fp32", "p_up_bias": "*fp32", "depth": "i32", "n_rows": "i32", "eps": "fp32"}
