@@ -401,7 +401,7 @@ def cases() -> Iterator[Case]:
     strides = dict.fromkeys(("gathered_stride", "cross_stride", "noise_row_stride", "first_draw"), "i32")
     factors = {"c_out": "fp32", "c_noise": "fp32"}
     for dtype, name in (("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")):
-        for dim in (128,) if dtype == "bf16" else (64, 128, 256):
+        for dim in (64, 128, 256) if dtype == "fp16" else (128,):
             sizes = {"D": dim, "BLOCK_D": block_of(dim)}
             own = dict.fromkeys(("p_residual", "p_cross", "p_noise", "p_y"), f"*{dtype}")
             for config in finish_candidates(16, dim, name):

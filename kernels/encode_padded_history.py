@@ -42,7 +42,7 @@ from fastdiff.ops.encode_padded_history import PaddedEncoder
 from fastdiff.ops.padded_transformer import PaddedBlock
 
 _ROWS = 4096  # numbers that a program of `embed` makes
-_MIXED = ((16384, 8), (4096, 4))  # numbers of a tile of `attend`, heads x slots x dims, and its warps
+_MIXED = ((8192, 8, 168), (4096, 4, 168))  # numbers of a tile of `attend`, heads x slots x dims; warps and registers
 _FEW_USERS = 256  # that a GPU's cores take at once, where a program has most of a core's registers
 
 
@@ -376,11 +376,13 @@ def _embed_rows(block_d: int) -> int:
 
 
 def _attend_candidates(users: int, slots: int, block_h: int, block_d: int) -> list[Config]:
-    """Slots at a time: few users are served fastest with as many as registers hold, all of a short history at once;
-    for many, smaller programs share a core and hide each other's waiting."""
-    tiles = [(min(slots, max(1, numbers // (block_h * block_d))), warps) for numbers, warps in _MIXED]
-    tiles = tiles if users <= _FEW_USERS else tiles[::-1]
-    return [Config({"BLOCK_N": block_n}, warps) for block_n, warps in dict.fromkeys(tiles)]
+    """Slots at a time: few users are served fastest with as many as registers hold; for many, smaller programs share a
+    core and hide each other's waiting."""
+    found = {}
+    for numbers, warps, registers in _MIXED if users <= _FEW_USERS else _MIXED[::-1]:
+        block_n = min(slots, max(1, numbers // (block_h * block_d)))
+        found[block_n, warps] = Config({"BLOCK_N": block_n}, warps, maxnreg=registers)
+    return list(found.values())
 
 
 def cases() -> Iterator[Case]:
@@ -390,7 +392,7 @@ def cases() -> Iterator[Case]:
     for dtype, name in (("fp32", "float32"), ("fp16", "float16"), ("bf16", "bfloat16")):
         inputs = {"p_items": "*i64", "p_lengths": "*i64", "p_norm": "*fp32"}
         inputs |= dict.fromkeys(("p_table", "p_positions"), f"*{dtype}")
-        for dim, heads, width in ((128, 4, 20),) if dtype == "bf16" else ((64, 2, 50), (128, 4, 20), (256, 4, 200)):
+        for dim, heads, width in ((64, 2, 50), (128, 4, 20), (256, 4, 200)) if dtype == "fp16" else ((128, 4, 20),):
             sizes = {"D": dim, "BLOCK_D": block_of(dim)}
             yield Case(
                 f"embed {dtype} D={dim}",

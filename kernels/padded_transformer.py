@@ -88,10 +88,11 @@ def finish_candidates(rows: int, block_d: int, dtype: str) -> list[Config]:
     units and keep their operands in registers, which larger tiles would spill."""
     half, wide = dtype != "float32", block_d > 128
     depth, units = (32 if wide else 64,) * 2 if half else (16, 16 if wide else 32)
-    shapes = [(16, 8), (16, 4), (32, 8)]  # rows, warps
-    if wide or not half:
-        shapes.remove((32, 8) if not half else (16, 4))
-    elif rows <= 8192:
+    if not half:
+        shapes = [(16, 8), (16, 4)]  # rows, warps
+    elif wide:
+        shapes = [(16, 8), (32, 8)]
+    else:
         shapes = [(16, 4), (16, 8), (32, 8)]
     if rows > 8192 and half:
         shapes.reverse()
@@ -102,6 +103,7 @@ def finish_candidates(rows: int, block_d: int, dtype: str) -> list[Config]:
             {"BLOCK_R": block_r, "BLOCK_K": depth, "BLOCK_F": units},
             warps,
             stages,
+            maxnreg=128 if (block_r, warps) == (16, 8) else 255,  # else ptxas spills for the sake of more programs
             shared=max(1, stages - 1) * tiles + 4 * block_r * block_d + 2048,
         )
         for block_r, warps in shapes
