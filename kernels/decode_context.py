@@ -35,16 +35,17 @@ from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import device_int
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.kernels.tuning import bucket, choose
-from fastdiff.noise import Noise, PhiloxNoise, StartNoise
+from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.ops.causal_transformer import merge_heads, split_heads
 from fastdiff.ops.cpu.packing import packed
+from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.decode_context import ContextDecoder, first_step
 
 _NONE, _GIVEN, _PHILOX = 0, 1, 2  # where draws come from
 _NUMBERS = 2048  # that a program of `update` keeps
 
 
-# --- weights and draws ------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,39 +65,6 @@ def _pack(decoder: ContextDecoder) -> _Packed:
         out = ((weight @ value).to(out[0].dtype), weight @ value_bias + out[1].detach().double())
     finish = Finish.of(out, decoder.norm_1, decoder.linear_1, decoder.linear_2, decoder.norm_3)
     return _Packed(finish, pack_vectors(finish.out.shape[1], *decoder.norm_2))
-
-
-@dataclass(frozen=True)
-class _Draws:
-    """x_T and the draws of the steps that are run, given or to be made.
-
-    given  [up to S, R, D], the draw of step first + i at place i
-    """
-
-    start_kind: int
-    start: Tensor | None
-    kind: int
-    given: Tensor | None
-    philox: PhiloxNoise | None
-
-    @classmethod
-    def of(cls, noise: Noise, table: list[list[float]], first: int) -> _Draws:
-        """Philox draws are made in the kernels; others are asked for here, in the reference's order."""
-        starts, drawing, start = table[first][1] != 0, noise, None
-        while isinstance(drawing, StartNoise):
-            start = drawing.start if start is None else start
-            drawing = drawing.rest
-        if isinstance(drawing, PhiloxNoise):
-            kind = _NONE if not starts else _PHILOX if start is None else _GIVEN
-            return cls(kind, start if starts else None, _PHILOX, None, drawing)
-        start = noise.draw(0) if starts else None
-        draws = {i - first: noise.draw(1 + i) for i in range(first, len(table)) if table[i][2]}
-        if not draws:
-            return cls(_GIVEN if starts else _NONE, start, _NONE, None, None)
-        unread = next(iter(draws.values()))
-        places = [draws.get(i, unread) for i in range(max(draws) + 1)]
-        given = places[0].unsqueeze(0) if len(places) == 1 else torch.stack(places)
-        return cls(_GIVEN if starts else _NONE, start, _GIVEN, given, None)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -281,10 +249,13 @@ def decode_context(
     num_samples: int,
     noise: Noise,
 ) -> Tensor:
-    """See `fastdiff.ops.decode_context.decode_context_ref`."""
+    """See `fastdiff.ops.decode_context.decode_context_ref`. Philox draws are made in the kernels, other ones are asked
+    for before them, in the same order."""
     table = coef.tolist()
     first = first_step(table)
-    draws = _Draws.of(noise, table, first)
+    starts = _NONE if table[first][1] == 0 else _PHILOX if isinstance(noise, PhiloxNoise) else _GIVEN
+    x_t = noise.draw(0) if starts == _GIVEN else None
+    draws = step_noise(noise, coef, first)
     n_users, dim = context.shape
     device, dtype = context.device, context.dtype
     n_steps, n_rows = len(table) - first, n_users * num_samples
@@ -295,14 +266,13 @@ def decode_context(
     cross = (cross if cross.stride(1) == 1 else cross.contiguous())[first:]
     weights, unread = packed(decoder, _pack), context
     gathered = _attend(context, decoder) if decoder.coupled else context
-    given = unread.unsqueeze(0) if draws.given is None else _last_dense(draws.given)
-    seed = row_key = sample = unread
-    if draws.philox is not None:
-        seed = device_int(draws.philox.seed, device)
-        row_key, sample = draws.philox.row_key.contiguous(), draws.philox.sample.contiguous()
-    random = (seed, row_key, sample)
+    kind, given, random = _NONE, unread.unsqueeze(0), (unread, unread, unread)
+    if draws.given is not None:
+        kind, given = _GIVEN, _last_dense(draws.given)
+    elif draws.row_key is not None and draws.sample is not None:
+        kind, random = _PHILOX, (device_int(draws.seed, device), draws.row_key.contiguous(), draws.sample.contiguous())
 
-    at_once = n_steps == 1 and num_samples == 1 and draws.start_kind == _NONE
+    at_once = n_steps == 1 and num_samples == 1 and starts == _NONE
     y = x_0 if at_once else torch.empty(n_steps, n_users, dim, device=device)
     finish, block_d = weights.finish, weights.finish.out.shape[1]
     key = (bucket(n_users * n_steps, least=16), block_d, dtype_key(dtype))
@@ -334,14 +304,14 @@ def decode_context(
         n_users,
         decoder.eps,
         UPDATE=at_once,
-        NOISE=draws.kind if at_once and c_noise else _NONE,
+        NOISE=kind if at_once and c_noise else _NONE,
         NORMALIZE=normalize,
         GELU=decoder.activation == "gelu",
         **finish.constants(),
         **config.launch(),
     )
     if not at_once:
-        start = unread if draws.start is None else _last_dense(draws.start)
+        start = unread if x_t is None else _last_dense(x_t)
         rows = _rows_at_once(block_d)
         _update_kernel[(triton.cdiv(n_rows, rows),)](
             y,
@@ -357,8 +327,8 @@ def decode_context(
             n_steps,
             n_users,
             num_samples,
-            START=draws.start_kind,
-            NOISE=draws.kind,
+            START=starts,
+            NOISE=kind,
             NORMALIZE=normalize,
             D=dim,
             BLOCK_R=rows,

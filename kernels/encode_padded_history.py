@@ -42,7 +42,7 @@ from fastdiff.ops.encode_padded_history import PaddedEncoder
 from fastdiff.ops.padded_transformer import PaddedBlock
 
 _ROWS = 4096  # numbers that a program of `embed` makes
-_MIXED = ((8192, 8, 168), (4096, 4, 168))  # numbers of a tile of `attend`, heads x slots x dims; warps and registers
+_MIXED = ((8192, 8, 192), (4096, 4, 168))  # numbers of a tile of `attend`, heads x slots x dims; warps and registers
 _FEW_USERS = 256  # that a GPU's cores take at once, where a program has most of a core's registers
 
 

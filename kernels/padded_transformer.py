@@ -87,7 +87,7 @@ def finish_candidates(rows: int, block_d: int, dtype: str) -> list[Config]:
     are rows enough for all of them, which halves how often weights are read. In float32 products run without matrix
     units and keep their operands in registers, which larger tiles would spill."""
     half, wide = dtype != "float32", block_d > 128
-    depth, units = (32 if wide else 64,) * 2 if half else (16, 16 if wide else 32)
+    depth, units = (min(block_d, 32 if wide else 64), 32 if wide else 64) if half else (16, 16 if wide else 32)
     if not half:
         shapes = [(16, 8), (16, 4)]  # rows, warps
     elif wide:

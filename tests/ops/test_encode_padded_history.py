@@ -1,5 +1,8 @@
 """encode_padded_history: every backend against float64, and a user's bits whatever the batch and the threads."""
 
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,12 @@ from fastdiff.ops.padded_transformer import Layer, PaddedBlock
 from tests.tolerances import FLOOR, relative_error
 
 BACKENDS = encode_padded_history.available("cpu")
+HALF = [
+    (backend, device)
+    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    for backend in encode_padded_history.available(device, torch.float16)
+    if backend != "torch"
+]
 # (dim, heads, hidden, layers, window, activation)
 SIZES = [(1, 1, 3, 1, 1, "relu"), (6, 3, 5, 2, 4, "gelu"), (20, 2, 37, 3, 7, "relu"), (128, 2, 512, 1, 20, "gelu")]
 
@@ -47,11 +56,18 @@ def drawn_encoder(dim: int, heads: int, hidden: int, layers: int, window: int, a
 
 
 def in_float32(encoder: PaddedEncoder) -> PaddedEncoder:
-    weight, bias = encoder.norm
-    blocks = tuple(block.to(torch.float32) for block in encoder.blocks)
-    return PaddedEncoder(
-        encoder.positions.float(), (weight.float(), bias.float()), blocks, encoder.pad_id, encoder.empty.float()
-    )
+    return converted(encoder, "cpu", torch.float32)
+
+
+def converted(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """A value with every floating tensor in it, also inside of tuples and dataclasses, on a device and in a dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, tuple):
+        return tuple(converted(part, device, dtype) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: converted(getattr(value, one.name), device, dtype) for one in fields(value)})
+    return value
 
 
 def drawn_histories(users: int, window: int) -> tuple[Tensor, Tensor]:
@@ -80,6 +96,39 @@ def test_every_backend_is_as_good_as_torch(
         return
     truth = encode_padded_history.reference(items, lengths, table, wide)
     torch_error = relative_error(encode_padded_history.reference(items, lengths, table.float(), encoder), truth)
+    assert relative_error(got, truth) <= 2 * torch_error + FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize(("backend", "device"), HALF)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+def test_half_precision(
+    backend: str, device: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int, str], nan_empty: None
+) -> None:
+    reason = encode_padded_history.why_not(backend, device, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    # the truth is that of the rounded weights
+    encoder, table = converted((drawn_encoder(*sizes), drawn(30, sizes[0])), device, dtype)
+    items, lengths = converted(drawn_histories(12, sizes[4]), device, dtype)
+    got = encode_padded_history.bind(backend, device, dtype)(items, lengths, table, encoder)
+    assert got.dtype == dtype
+    wide, wide_table = converted((encoder, table), device, torch.float64)
+    truth = encode_padded_history.reference(items, lengths, wide_table, wide)
+    torch_error = relative_error(encode_padded_history.reference(items, lengths, table, encoder), truth)
+    assert relative_error(got, truth) <= 2 * torch_error + FLOOR[dtype]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("users", [1, 7, 300])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_triton_on_a_gpu(users: int, sizes: tuple[int, int, int, int, int, str]) -> None:
+    wide, (items, lengths) = drawn_encoder(*sizes), drawn_histories(users, sizes[4])
+    wide, table, items, lengths = converted((wide, drawn(30, sizes[0]), items, lengths), "cuda", torch.float64)
+    encoder, narrow = converted((wide, table), "cuda", torch.float32)
+    truth = encode_padded_history.reference(items, lengths, table, wide)
+    got = encode_padded_history.bind("triton", "cuda")(items, lengths, narrow, encoder)
+    torch_error = relative_error(encode_padded_history.reference(items, lengths, narrow, encoder), truth)
     assert relative_error(got, truth) <= 2 * torch_error + FLOOR[torch.float32]
 
 
