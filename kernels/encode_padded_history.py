@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +37,10 @@ from fastdiff.kernels.padded_transformer import (
 )
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import next_power_of_2
-from fastdiff.kernels.tuning import Config, bucket, choose
+from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 from fastdiff.ops.cpu.packing import packed
 from fastdiff.ops.encode_padded_history import PaddedEncoder
-from fastdiff.ops.padded_transformer import PaddedBlock
+from fastdiff.ops.padded_transformer import Layer, PaddedBlock
 
 _ROWS = 4096  # numbers that a program of `embed` makes
 _MIXED = ((8192, 8, 192), (4096, 4, 168))  # numbers of a tile of `attend`, heads x slots x dims; warps and registers
@@ -383,6 +384,30 @@ def _attend_candidates(users: int, slots: int, block_h: int, block_d: int) -> li
         block_n = min(slots, max(1, numbers // (block_h * block_d)))
         found[block_n, warps] = Config({"BLOCK_N": block_n}, warps, maxnreg=registers)
     return list(found.values())
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times: CDDRec's published sizes."""
+    dim, heads, window, rows = 128, 4, 20, 2048
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+
+        def layer(n_out: int, n_in: int, dtype: torch.dtype = dtype) -> Layer:
+            weight = torch.randn(n_out, n_in, device=device) / math.sqrt(n_in)
+            return weight.to(dtype), torch.zeros(n_out, dtype=dtype, device=device)
+
+        norm = (torch.ones(dim, dtype=dtype, device=device), torch.zeros(dim, dtype=dtype, device=device))
+        parts = [layer(dim, dim) for _ in range(4)]
+        block = PaddedBlock(*parts, norm, layer(4 * dim, dim), layer(dim, 4 * dim), norm, heads)
+        table, positions, empty = layer(rows, dim)[0], layer(window, dim)[0], layer(1, dim)[0]
+        encoder = PaddedEncoder(positions, norm, (block,), 0, empty)
+        for users in (32, 256, 2048):
+            items = torch.randint(1, rows, (users, window), device=device)
+            lengths = torch.full((users,), window, device=device)
+            run = partial(encode_padded_history, items, lengths, table, encoder)
+            slots = (users, next_power_of_2(window), heads, dim)
+            yield Problem("encode_padded_history", slots, _attend_candidates(*slots), run)
+            sizes = (users, dim, dtype_key(dtype))
+            yield Problem("finish", sizes, finish_candidates(*sizes), run)
 
 
 def cases() -> Iterator[Case]:

@@ -91,11 +91,11 @@ def finish_candidates(rows: int, block_d: int, dtype: str) -> list[Config]:
     if not half:
         shapes = [(16, 8), (16, 4)]  # rows, warps
     elif wide:
-        shapes = [(16, 8), (32, 8)]
-    else:
+        shapes = [(16, 8)]
+    elif rows <= 8192:
         shapes = [(16, 4), (16, 8), (32, 8)]
-    if rows > 8192 and half:
-        shapes.reverse()
+    else:
+        shapes = [(32, 8), (16, 8), (16, 4)]
     tiles = 2 * block_d * units * (2 if half else 4)  # bytes of a stage: a tile of up and one of down
     stages = next((stages for stages in (3, 2) if (stages - 1) * tiles <= _SHARED), 1)
     return [
@@ -103,7 +103,7 @@ def finish_candidates(rows: int, block_d: int, dtype: str) -> list[Config]:
             {"BLOCK_R": block_r, "BLOCK_K": depth, "BLOCK_F": units},
             warps,
             stages,
-            maxnreg=128 if (block_r, warps) == (16, 8) else 255,  # else ptxas spills for the sake of more programs
+            maxnreg=128 if (block_r, warps) == (16, 8) and not wide else 255,  # ptxas's own choice spills
             shared=max(1, stages - 1) * tiles + 4 * block_r * block_d + 2048,
         )
         for block_r, warps in shapes

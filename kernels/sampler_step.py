@@ -111,7 +111,7 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
     for rows, block_d in ((32, 64), (1024, 64), (32, 128), (1024, 128), (65536, 128)):
         output, x_t, noise = torch.randn(3, rows, block_d, device=device)
         run = partial(sampler_step, output, x_t, noise, 0.9, 0.3, 0.2, True)
-        yield Problem((rows, block_d), _candidates(rows, block_d), run)
+        yield Problem("sampler_step", (rows, block_d), _candidates(rows, block_d), run)
 
 
 def cases() -> Iterator[Case]:

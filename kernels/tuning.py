@@ -70,8 +70,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """A size at which the candidates of an op are timed: the key that its launcher looks up, and a call."""
+    """A size at which candidates are timed: what a launcher gives to `choose`, and a call of it."""
 
+    op: str
     key: Key
     candidates: Sequence[Config]
     run: Callable[[], Tensor]
@@ -203,18 +204,18 @@ def forced(op: str, config: Config) -> Iterator[None]:
         del _forced[op]
 
 
-def fastest(op: str, problem: Problem, seconds_of: Callable[[Callable[[], Tensor]], float]) -> tuple[Config, float]:
+def fastest(problem: Problem, seconds_of: Callable[[Callable[[], Tensor]], float]) -> tuple[Config, float]:
     """The fastest of a problem's candidates, and its time; one that fails, or computes something else, is left out.
 
     Raises what the first candidate raises.
     """
-    with forced(op, problem.candidates[0]):
+    with forced(problem.op, problem.candidates[0]):
         expected = problem.run()
     scale = max(float(expected.abs().max()), 1e-30)
     best: tuple[Config, float] | None = None
     for config in problem.candidates:
         try:
-            with forced(op, config):
+            with forced(problem.op, config):
                 error = float((problem.run().double() - expected.double()).abs().max()) / scale
                 taken = seconds_of(problem.run) if error <= WRONG_BY else None
         except Exception as failure:  # too large, not compilable, ..: a candidate may fail in every way
@@ -227,7 +228,7 @@ def fastest(op: str, problem: Problem, seconds_of: Callable[[Callable[[], Tensor
         if best is None or taken < best[1]:
             best = config, taken
     if best is None:
-        raise RuntimeError(f"{op} {problem.key}: no candidate could be timed; what each said stands above")
+        raise RuntimeError(f"{problem.op} {problem.key}: no candidate could be timed; what each said stands above")
     return best
 
 
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastdiff.kernels.tuning", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--op", nargs="+", default=tunable(), choices=tunable(), help="only these ops")
+    parser.add_argument("--op", nargs="+", default=tunable(), choices=tunable(), help="only the problems of these")
     asked = parser.parse_args(arguments)
     if runtime.INTERPRETED:
         parser.error("kernels are interpreted here, which says nothing of their time; unset TRITON_INTERPRET")
@@ -257,8 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {}
     for op in asked.op:
         for problem in importlib.import_module(f"fastdiff.kernels.{op}").tuning_problems(device):
-            print(f"{op} {problem.key}", flush=True)
-            found[op, problem.key] = fastest(op, problem, _seconds)
+            print(f"{problem.op} {problem.key}", flush=True)
+            found[problem.op, problem.key] = fastest(problem, _seconds)
     try:
         write(path, gpu, found)
     except OSError as error:

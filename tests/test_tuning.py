@@ -1,6 +1,8 @@
 """kernels/tuning.py: which configuration a launch takes; no GPU is needed."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.ops.backend import why_not
+from tests.conftest import ROOT
 
 if why_not("triton", "cuda") is not None:
     pytest.skip(str(why_not("triton", "cuda")), allow_module_level=True)
@@ -113,9 +116,9 @@ def outputs(values: dict[int, Any]) -> Callable[[], Tensor]:
 
 def test_the_fastest_right_candidate_wins(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = outputs({128: 1.0, 32: 2.0, 64: 1.001})
-    problem = Problem(KEY, [LARGE, SMALL, TALL], run)
+    problem = Problem("op", KEY, [LARGE, SMALL, TALL], run)
     times = iter([3e-6, 2e-6])
-    assert fastest("op", problem, lambda _: next(times)) == (TALL, 2e-6)
+    assert fastest(problem, lambda _: next(times)) == (TALL, 2e-6)
     said = capsys.readouterr().out
     assert "BLOCK=32 num_warps=4 num_stages=3: WRONG by 1 of" in said
     assert "BLOCK=64 num_warps=4 num_stages=3: 2.0 us" in said
@@ -123,9 +126,9 @@ def test_the_fastest_right_candidate_wins(records: Path, capsys: pytest.CaptureF
 
 def test_a_candidate_that_fails_is_left_out(records: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = outputs({128: 1.0, 32: RuntimeError("out of resource\nmore"), 64: 1.0})
-    problem = Problem(KEY, [LARGE, SMALL, TALL], run)
+    problem = Problem("op", KEY, [LARGE, SMALL, TALL], run)
     times = iter([3e-6, 4e-6])
-    assert fastest("op", problem, lambda _: next(times)) == (LARGE, 3e-6)
+    assert fastest(problem, lambda _: next(times)) == (LARGE, 3e-6)
     assert "RuntimeError: out of resource\n" in capsys.readouterr().out
 
 
@@ -147,9 +150,28 @@ def test_measuring_is_refused_without_a_gpu(
     assert "torch sees no CUDA device here" in capsys.readouterr().err
 
 
-def test_problems_name_candidates_of_their_launcher() -> None:
-    from fastdiff.kernels import sampler_step
-
-    assert "sampler_step" in tuning.tunable()
-    for problem in sampler_step.tuning_problems(torch.device("cpu")):
-        assert problem.candidates == sampler_step._candidates(*problem.key)
+@pytest.mark.parametrize("name", tuning.tunable())
+def test_problems_are_those_that_a_launcher_asks_for(name: str) -> None:
+    """Interpreted, in a process of its own: each call chooses by the key of its problem, among its candidates."""
+    code = f"""
+import torch
+from fastdiff.kernels import {name} as module, tuning
+real, asked = tuning.choose, {{}}
+def choose(op, key, candidates, device):
+    asked[op, key] = list(candidates(*key))
+    return real(op, key, candidates, device)
+for kernels in list(__import__("sys").modules.values()):
+    if getattr(kernels, "choose", None) is real and kernels is not tuning:
+        kernels.choose = choose
+count = 0
+for problem in module.tuning_problems(torch.device("cpu")):
+    if problem.key[0] <= 32:
+        asked.clear()
+        problem.run()
+        assert asked[problem.op, problem.key] == list(problem.candidates), (problem.op, problem.key, asked)
+        count += 1
+assert count
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
