@@ -88,25 +88,27 @@ def finish_candidates(rows: int, block_d: int, dtype: str) -> list[Config]:
     units and keep their operands in registers, which larger tiles would spill."""
     half, wide = dtype != "float32", block_d > 128
     depth, units = (min(block_d, 32 if wide else 64), 32 if wide else 64) if half else (16, 16 if wide else 32)
+    shapes: list[tuple[int, int, int | None]]
+    # rows, warps, and the most registers: where ptxas spills by its own choice, a number that keeps it from that
     if not half:
-        shapes = [(16, 8), (16, 4)]  # rows, warps
+        shapes = [(16, 8, 255 if wide else 128), (16, 4, 255)]
     elif wide:
-        shapes = [(16, 8)]
-    elif rows <= 8192:
-        shapes = [(16, 4), (16, 8), (32, 8)]
+        shapes = [(16, 8, 255)]
     else:
-        shapes = [(32, 8), (16, 8), (16, 4)]
+        shapes = [(16, 4, 255), (16, 8, 128), (32, 8, None)]
+    if rows > 8192 and half:
+        shapes.reverse()
     tiles = 2 * block_d * units * (2 if half else 4)  # bytes of a stage: a tile of up and one of down
-    stages = next((stages for stages in (3, 2) if (stages - 1) * tiles <= _SHARED), 1)
+    stages = 1 if tiles > _SHARED else 2 if wide or 2 * tiles > _SHARED else 3
     return [
         Config(
             {"BLOCK_R": block_r, "BLOCK_K": depth, "BLOCK_F": units},
             warps,
             stages,
-            maxnreg=128 if (block_r, warps) == (16, 8) and not wide else 255,  # ptxas's own choice spills
+            maxnreg=registers,
             shared=max(1, stages - 1) * tiles + 4 * block_r * block_d + 2048,
         )
-        for block_r, warps in shapes
+        for block_r, warps, registers in shapes
     ]
 
 
