@@ -158,5 +158,8 @@ def denoise_attention_loop_ref(
 denoise_attention_loop = Op(
     "denoise_attention_loop",
     denoise_attention_loop_ref,
-    {"cpu": "fastdiff.ops.cpu.denoise_attention_loop:denoise_attention_loop"},
+    {
+        "cpu": "fastdiff.ops.cpu.denoise_attention_loop:denoise_attention_loop",
+        "triton": "fastdiff.kernels.denoise_attention_loop:denoise_attention_loop",
+    },
 )

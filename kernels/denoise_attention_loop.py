@@ -1,0 +1,333 @@
+"""denoise_attention_loop in Triton: one program takes 16 rows through all steps.
+
+A row is one pass of one sample; with guidance a sample's two passes are neighbours, hold the same x_t, and meet once
+per step. Rows share a step's weights, which every program streams from L2 (2 (4 D^2 + 2 D F) bytes per block in half
+precision); each reads the keys and values of its own user (4 D bytes per slot and block), so attention is no matrix
+product: it is a loop over a few slots of all rows at once, slots first in the blocks so that sums over them stay within
+a thread. x_t, the residual stream, norms, softmax and the update are float32 and never leave the registers: what goes
+to memory in S steps is x_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.kernels.causal_transformer import BlockSizes, finish_block, packed_blocks, project, share
+from fastdiff.kernels.normals import normal_rows
+from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.runtime import device_int
+from fastdiff.kernels.sampler_step import unit_rows
+from fastdiff.noise import Noise
+from fastdiff.ops.causal_transformer import BlockWeights
+from fastdiff.ops.cpu.packing import packed
+from fastdiff.ops.cpu.step_noise import step_noise
+from fastdiff.ops.denoise_attention_loop import CausalPrefix
+
+_ROWS = 16  # of a program: the least that a matrix unit takes
+_NO_NOISE, _GIVEN, _PHILOX = 0, 1, 2
+
+
+@triton.jit
+def _denoise_attention_loop_kernel(
+    p_x_t,
+    p_x_0,
+    p_cond,
+    p_time,
+    p_coef,
+    p_matrices,
+    p_vectors,
+    p_keys_values,
+    p_lengths,
+    p_ends,
+    p_pad,
+    p_log_pads,
+    p_uniform,
+    p_noise,
+    p_seed,
+    p_row_key,
+    p_sample,
+    p_scratch,
+    noise_step_stride,
+    noise_row_stride,
+    n_rows,
+    samples,
+    n_users,
+    n_slots,
+    n_steps,
+    n_blocks,
+    guidance_scale,
+    input_scale,
+    eps,
+    G: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    NOISE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DH: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    BLOCK_E: tl.constexpr = BLOCK_H * BLOCK_DH
+    o_pass = tl.arange(0, BLOCK_R) % G
+    o_row = tl.program_id(0).to(tl.int64) * (BLOCK_R // G) + tl.arange(0, BLOCK_R) // G
+    o_dim = tl.arange(0, BLOCK_D)
+    m_row = o_row < n_rows
+    mask = m_row[:, None] & (o_dim < D)[None, :]
+    o_user = o_row // samples
+    b_length = tl.load(p_lengths + o_user, mask=m_row, other=0)
+    b_first = tl.load(p_ends + o_user, mask=m_row, other=0) - b_length
+    b_log_pads = tl.load(p_log_pads + o_user, mask=m_row, other=0.0).to(tl.float32)
+    b_even = m_row
+    if UNIFORM:
+        b_even = tl.load(p_uniform + o_user, mask=m_row, other=0) != 0
+    b_x = tl.load(p_x_t + o_row[:, None] * D + o_dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_cond = tl.load(p_cond + (o_pass * n_users + o_user)[:, None] * D + o_dim[None, :], mask=mask, other=0.0)
+    # A program's own rows of three kinds: two barriers lie between a use of one and its next filling.
+    o_scratch = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)) * (2 * BLOCK_D + BLOCK_E)
+    p_shared = p_scratch + o_scratch
+    p_normed, p_gathered = p_shared + BLOCK_D, p_shared + 2 * BLOCK_D
+    for step in range(n_steps):
+        b_time = tl.load(p_time + step * D + o_dim, mask=o_dim < D, other=0.0).to(tl.float32)
+        b_h = b_cond.to(tl.float32) + b_time[None, :] + input_scale * b_x
+        for layer in range(n_blocks):
+            p_layer = p_matrices + layer * (4 * BLOCK_D * BLOCK_E + 2 * BLOCK_D * F)
+            p_biases = p_vectors + layer * (3 * BLOCK_E + 6 * BLOCK_D + F)
+            i_cache = (layer * G + o_pass).to(tl.int64)
+            share(p_shared, b_h)
+            b_query, b_key, b_value = project(
+                p_shared, p_layer, p_biases, True, BLOCK_R, BLOCK_D, BLOCK_E, BLOCK_K
+            )
+            if UNIFORM:
+                b_query = tl.where(b_even[:, None], 0.0, b_query)
+            b_attended = _attend(
+                tl.reshape(b_query, [BLOCK_R, BLOCK_H, BLOCK_DH]),
+                tl.reshape(b_key, [BLOCK_R, BLOCK_H, BLOCK_DH]),
+                tl.reshape(b_value, [BLOCK_R, BLOCK_H, BLOCK_DH]),
+                p_pad + i_cache * (2 * D),
+                b_log_pads,
+                p_keys_values + (i_cache * n_slots + b_first) * (2 * D),
+                b_length,
+                H,
+                DH,
+                BLOCK_P,
+            )
+            share(p_gathered, tl.reshape(b_attended, [BLOCK_R, BLOCK_E]))
+            b_h = finish_block(
+                b_h, p_gathered, p_normed, p_layer, p_biases, eps, D, F, BLOCK_D, BLOCK_E, BLOCK_F, BLOCK_K
+            )
+        if G == 2:  # u + g (c - u), in both of a sample's rows
+            b_share = tl.where(o_pass == 0, guidance_scale, 1.0 - guidance_scale)
+            b_pair = tl.reshape(b_h * b_share[:, None], [BLOCK_R // 2, 2, BLOCK_D])
+            b_both = tl.broadcast_to(tl.sum(b_pair, axis=1)[:, None, :], [BLOCK_R // 2, 2, BLOCK_D])
+            b_h = tl.reshape(b_both, [BLOCK_R, BLOCK_D])
+        c_noise = tl.load(p_coef + step * 3 + 2)
+        b_x = tl.load(p_coef + step * 3) * b_h + tl.load(p_coef + step * 3 + 1) * b_x
+        if NOISE != 0:
+            if c_noise != 0.0:  # a step without noise may have no draw
+                if NOISE == 1:
+                    p_draw = p_noise + tl.to_tensor(step).to(tl.int64) * noise_step_stride
+                    p_draws = p_draw + o_row[:, None] * noise_row_stride + o_dim[None, :]
+                    b_noise = tl.load(p_draws, mask=mask, other=0.0).to(tl.float32)
+                else:
+                    b_row_key = tl.load(p_row_key + o_row, mask=m_row, other=0)
+                    b_sample = tl.load(p_sample + o_row, mask=m_row, other=0)
+                    b_noise = normal_rows(tl.load(p_seed), b_row_key, b_sample, 1 + step, BLOCK_D)
+                    b_noise = tl.where(mask, b_noise, 0.0)
+                b_x += c_noise * b_noise
+        if NORMALIZE:
+            b_x = unit_rows(b_x)
+    p_out = p_x_0 + o_row[:, None] * D + o_dim[None, :]
+    tl.store(p_out, b_x.to(p_x_0.dtype.element_ty), mask=mask & (o_pass == 0)[:, None])
+
+
+@triton.jit
+def _attend(
+    b_query,
+    b_key,
+    b_value,
+    p_pad,
+    b_log_pads,
+    p_keys_values,
+    b_length,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Each row's query over its user's cached keys, the pads' key and its own: all [R, H, D / H] float32.
+
+    p_pad [R], p_keys_values [R]: where the pads' key and the first slot's key stand, each row's own
+    """
+    BLOCK_H: tl.constexpr = b_query.shape[1]
+    BLOCK_DH: tl.constexpr = b_query.shape[2]
+    o_head, o_within = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_DH)[None, :]
+    o_column = o_head * DH + o_within
+    m_column = (o_head < H) & (o_within < DH)
+
+    b_most = tl.sum(b_query * b_key, axis=2)  # the token's own logit starts the running softmax
+    m_pad = (b_log_pads > float("-inf"))[:, None, None] & m_column[None, :, :]
+    b_pad_key = tl.load(p_pad[:, None, None] + o_column[None, :, :], mask=m_pad, other=0.0).to(tl.float32)
+    b_pad_value = tl.load(p_pad[:, None, None] + H * DH + o_column[None, :, :], mask=m_pad, other=0.0).to(tl.float32)
+    b_logit = tl.sum(b_query * b_pad_key, axis=2) + b_log_pads[:, None]
+    b_highest = tl.maximum(b_most, b_logit)
+    b_own, b_pad = tl.exp(b_most - b_highest), tl.exp(b_logit - b_highest)
+    b_most, b_weights = b_highest, b_own + b_pad
+    b_sum = b_own[:, :, None] * b_value + b_pad[:, :, None] * b_pad_value
+
+    for first in range(0, tl.max(b_length, axis=0), BLOCK_P):
+        o_slot = first + tl.arange(0, BLOCK_P)
+        m_slot = o_slot[:, None] < b_length[None, :]
+        p_slot = p_keys_values[None, :] + o_slot[:, None] * (2 * H * DH)
+        m_key = m_slot[:, :, None, None] & m_column[None, None, :, :]
+        p_key = p_slot[:, :, None, None] + o_column[None, None, :, :]
+        b_keys = tl.load(p_key, mask=m_key, other=0.0).to(tl.float32)  # [P, R, H, D / H]
+        b_values = tl.load(p_key + H * DH, mask=m_key, other=0.0).to(tl.float32)
+        b_logits = tl.sum(b_query[None, :, :, :] * b_keys, axis=3)
+        b_logits = tl.where(m_slot[:, :, None], b_logits, float("-inf"))
+        b_highest = tl.maximum(b_most, tl.max(b_logits, axis=0))
+        b_before = tl.exp(b_most - b_highest)
+        b_shares = tl.exp(b_logits - b_highest[None, :, :])
+        b_weights = b_weights * b_before + tl.sum(b_shares, axis=0)
+        b_sum = b_sum * b_before[:, :, None] + tl.sum(b_shares[:, :, :, None] * b_values, axis=0)
+        b_most = b_highest
+    return b_sum / b_weights[:, :, None]
+
+
+def denoise_attention_loop(
+    x_t: Tensor,
+    blocks: tuple[BlockWeights, ...],
+    prefix: CausalPrefix,
+    guidance_scale: float,
+    input_scale: float,
+    time: Tensor,
+    coef: Tensor,
+    normalize: bool,
+    noise: Noise,
+) -> Tensor:
+    """See `fastdiff.ops.denoise_attention_loop.denoise_attention_loop_ref`."""
+    n_rows, n_users = x_t.shape[0], prefix.n_users
+    if n_rows % max(n_users, 1):
+        raise InvalidArgument(
+            f"denoise_attention_loop: x_t must hold the same number of rows for each of the prefix's {n_users} "
+            f"users (got {n_rows} rows)"
+        )
+    x_0 = torch.empty_like(x_t, memory_format=torch.contiguous_format)
+    draws = step_noise(noise, coef)
+    if x_0.numel() == 0:
+        return x_0
+    stack, device = packed_blocks(blocks), x_t.device
+    passes = prefix.cond.shape[0]
+    x_t = x_t.contiguous()
+    lengths = prefix.lengths.contiguous()
+    kind, given, seed, row_key, sample = _NO_NOISE, x_t, lengths, lengths, lengths
+    if draws.given is not None:
+        kind, given = _GIVEN, draws.given if draws.given.stride(-1) == 1 else draws.given.contiguous()
+    elif draws.row_key is not None and draws.sample is not None:
+        kind, seed = _PHILOX, device_int(draws.seed, device)
+        row_key, sample = draws.row_key.contiguous(), draws.sample.contiguous()
+    programs = triton.cdiv(n_rows * passes, _ROWS)
+    scratch = x_t.new_empty(programs * _ROWS * (2 * stack.sizes.block_d + stack.sizes.block_e))
+    _denoise_attention_loop_kernel[(programs,)](
+        x_t,
+        x_0,
+        prefix.cond.contiguous(),
+        time.contiguous(),
+        _coef_on(coef, device),
+        stack.matrices,
+        stack.vectors,
+        prefix.keys_values.contiguous(),
+        lengths,
+        lengths.cumsum(0),
+        prefix.pad.contiguous(),
+        prefix.log_pads.contiguous(),
+        lengths if prefix.uniform is None else prefix.uniform.contiguous().view(torch.uint8),
+        given,
+        seed,
+        row_key,
+        sample,
+        scratch,
+        given.stride(0),
+        given.stride(-2),
+        n_rows,
+        n_rows // n_users,
+        n_users,
+        prefix.keys_values.shape[2],
+        coef.shape[0],
+        len(blocks),
+        guidance_scale,
+        input_scale,
+        stack.eps,
+        G=passes,
+        UNIFORM=prefix.uniform is not None,
+        NOISE=kind,
+        NORMALIZE=normalize,
+        **_configuration(stack.sizes, x_t.dtype),
+    )
+    return x_0
+
+
+def _coef_on(coef: Tensor, device: torch.device) -> Tensor:
+    """coef [S, 3] in float32 on `device`, copied there once."""
+    tables = packed(coef, _no_tables)
+    if device not in tables:
+        tables[device] = coef.to(torch.float32).to(device)
+    return tables[device]
+
+
+def _no_tables(coef: Tensor) -> dict[torch.device, Tensor]:
+    return {}
+
+
+def _configuration(sizes: BlockSizes, dtype: torch.dtype) -> dict[str, Any]:
+    """Tiles of weights and slots, and warps: one warp for 16 of a row's dims, so that a step's slots lie in a thread."""
+    half = dtype != torch.float32
+    wide = sizes.block_d > 128
+    return {
+        **sizes.constants(),
+        "BLOCK_R": _ROWS,
+        "BLOCK_F": min(sizes.padded_hidden, 32 if wide or not half else 64),
+        "BLOCK_K": min(sizes.block_d, (32 if wide else 64) if half else 16),
+        "BLOCK_P": 4,
+        "num_warps": min(8, max(4, sizes.block_e // 16)),
+        "num_stages": 3,
+    }
+
+
+def cases() -> Iterator[Case]:
+    """What `python -m fastdiff.kernels.precompile` compiles."""
+    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    for name, dtype in kinds.items():
+        for dim, heads in ((64, 2), (128, 4), (256, 4)):
+            for passes, noise in ((1, _PHILOX), (2, _GIVEN)):
+                configuration = _configuration(BlockSizes(dim, heads, 4 * dim), dtype)
+                options = {key: configuration.pop(key) for key in ("num_warps", "num_stages")}
+                floating = ("x_t", "x_0", "cond", "time", "matrices", "keys_values", "pad", "log_pads", "noise", "scratch")
+                yield Case(
+                    f"{name} D={dim} H={heads} G={passes} {'given' if noise == _GIVEN else 'philox'}",
+                    _denoise_attention_loop_kernel,
+                    {
+                        **{f"p_{key}": f"*{name}" for key in floating},
+                        **dict.fromkeys(("p_coef", "p_vectors"), "*fp32"),
+                        **dict.fromkeys(("p_lengths", "p_ends", "p_seed", "p_row_key", "p_sample"), "*i64"),
+                        "p_uniform": "*u8",
+                        **dict.fromkeys(("noise_step_stride", "noise_row_stride", "n_rows", "samples"), "i32"),
+                        **dict.fromkeys(("n_users", "n_slots", "n_steps", "n_blocks"), "i32"),
+                        **dict.fromkeys(("guidance_scale", "input_scale", "eps"), "fp32"),
+                    },
+                    {"G": passes, "UNIFORM": True, "NOISE": noise, "NORMALIZE": passes == 2, **configuration},
+                    options,
+                    tensor_core=name != "fp32",
+                )
