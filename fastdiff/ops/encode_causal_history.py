@@ -67,5 +67,8 @@ def encode_causal_history_ref(
 encode_causal_history = Op(
     "encode_causal_history",
     encode_causal_history_ref,
-    {"cpu": "fastdiff.ops.cpu.encode_causal_history:encode_causal_history"},
+    {
+        "cpu": "fastdiff.ops.cpu.encode_causal_history:encode_causal_history",
+        "triton": "fastdiff.kernels.encode_causal_history:encode_causal_history",
+    },
 )

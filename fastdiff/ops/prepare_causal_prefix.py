@@ -74,5 +74,8 @@ def prepare_causal_prefix_ref(
 prepare_causal_prefix = Op(
     "prepare_causal_prefix",
     prepare_causal_prefix_ref,
-    {"cpu": "fastdiff.ops.cpu.prepare_causal_prefix:prepare_causal_prefix"},
+    {
+        "cpu": "fastdiff.ops.cpu.prepare_causal_prefix:prepare_causal_prefix",
+        "triton": "fastdiff.kernels.prepare_causal_prefix:prepare_causal_prefix",
+    },
 )

@@ -1,0 +1,317 @@
+"""encode_causal_history in Triton: see `fastdiff.kernels.causal_history` for how the blocks run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.kernels.causal_history import (
+    CASES,
+    Histories,
+    attend_configuration,
+    attend_kernel,
+    finish_block_kernel,
+    project_and_store,
+    row_cases,
+    row_configuration,
+    user_of,
+    with_rows,
+)
+from fastdiff.kernels.causal_transformer import LEAST, finish_block, layer_norm, share
+from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.runtime import next_power_of_2
+from fastdiff.ops.causal_transformer import BlockWeights, Pads
+from fastdiff.ops.cpu.packing import packed
+
+
+@triton.jit
+def _embed_items_kernel(
+    p_items,
+    p_table,
+    p_norm_weight,
+    p_norm_bias,
+    p_ends,
+    p_matrices,
+    p_vectors,
+    p_hidden,
+    p_shared,
+    p_queries,
+    p_keys_values,
+    items_stride,
+    table_stride,
+    n_users,
+    search_step,
+    norm_eps,
+    QUERIES: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DH: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The first block's input LN(item_table[items]) of packed rows, and its queries, keys and values."""
+    first_row, n_rows = tl.program_id(0) * BLOCK_R, tl.load(p_ends + n_users - 1)
+    if first_row >= n_rows:
+        return
+    o_row = first_row + tl.arange(0, BLOCK_R).to(tl.int64)
+    m_row = o_row < n_rows
+    o_user = user_of(o_row, p_ends, n_users, search_step)
+    b_start = tl.load(p_ends + o_user - 1, mask=m_row & (o_user > 0), other=0)
+    b_item = tl.load(p_items + o_user * items_stride + (o_row - b_start), mask=m_row, other=0)
+    o_dim = tl.arange(0, BLOCK_D)
+    mask = m_row[:, None] & (o_dim < D)[None, :]
+    b_h = tl.load(p_table + b_item[:, None] * table_stride + o_dim[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_h = layer_norm(b_h, p_norm_weight, p_norm_bias, norm_eps, D, BLOCK_D)
+    tl.store(p_hidden + o_row[:, None] * BLOCK_D + o_dim[None, :], b_h)
+    p_own_shared = p_shared + o_row * (2 * BLOCK_D)
+    share(p_own_shared, b_h)
+    project_and_store(
+        p_own_shared,
+        p_matrices,
+        p_vectors,
+        p_queries,
+        p_keys_values,
+        o_row,
+        m_row,
+        QUERIES,
+        D,
+        H,
+        DH,
+        BLOCK_R,
+        BLOCK_D,
+        BLOCK_H,
+        BLOCK_DH,
+        BLOCK_K,
+    )
+
+
+@triton.jit
+def _last_rows_kernel(p_rows, p_lengths, p_ends, p_pad_output, p_last, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Each user's last row of p_rows [.., D]; the pads' output for an empty history."""
+    i_user = tl.program_id(0).to(tl.int64)
+    o_dim = tl.arange(0, BLOCK_D)
+    m_dim = o_dim < D
+    some = tl.load(p_lengths + i_user) > 0
+    b_last = tl.load(p_rows + (tl.load(p_ends + i_user) - 1) * D + o_dim, mask=m_dim & some, other=0.0)
+    b_pad = tl.load(p_pad_output + o_dim, mask=m_dim, other=0.0)
+    tl.store(p_last + i_user * D + o_dim, tl.where(some, b_last, b_pad), mask=m_dim)
+
+
+@triton.jit
+def _finish_last_kernel(
+    p_hidden,
+    p_gathered,
+    p_shared,
+    p_matrices,
+    p_vectors,
+    p_lengths,
+    p_ends,
+    p_pad_output,
+    p_last,
+    n_users,
+    eps,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    DH: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DH: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The last block behind its attention for each user's last row alone; row i of p_gathered and p_shared is user i's."""
+    o_user = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_dim = tl.arange(0, BLOCK_D)
+    m_user = o_user < n_users
+    b_length = tl.load(p_lengths + o_user, mask=m_user, other=0)
+    o_row = tl.load(p_ends + o_user, mask=m_user, other=0) - 1
+    m_row = b_length > 0
+    b_h = tl.load(p_hidden + o_row[:, None] * BLOCK_D + o_dim[None, :], mask=m_row[:, None], other=0.0)
+    b_h = finish_block(
+        b_h,
+        p_gathered + o_user * (BLOCK_H * BLOCK_DH),
+        p_shared + o_user * (2 * BLOCK_D),
+        p_matrices,
+        p_vectors,
+        eps,
+        D,
+        F,
+        BLOCK_D,
+        BLOCK_H * BLOCK_DH,
+        BLOCK_F,
+        BLOCK_K,
+    )
+    b_pad = tl.load(p_pad_output + o_dim, mask=o_dim < D, other=0.0).to(tl.float32)
+    b_h = tl.where(m_row[:, None], b_h, b_pad[None, :])
+    p_out = p_last + o_user[:, None] * D + o_dim[None, :]
+    tl.store(p_out, b_h.to(p_last.dtype.element_ty), mask=m_user[:, None] & (o_dim < D)[None, :])
+
+
+def encode_causal_history(
+    items: Tensor,
+    lengths: Tensor,
+    item_table: Tensor,
+    norm: tuple[Tensor, Tensor, float],
+    blocks: tuple[BlockWeights, ...],
+    pads: Pads,
+    window: int,
+    only_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `fastdiff.ops.encode_causal_history.encode_causal_history_ref`. The rows have room for B n of them."""
+    users, dim = items.shape[0], item_table.shape[1]
+    last = item_table.new_empty(users, dim)
+    most_rows = items.numel()
+    rows = item_table.new_empty(0 if only_last else most_rows, dim)
+    if users == 0:
+        return rows, last
+    keys_values = item_table.new_empty(1, 1, most_rows, 2 * dim)
+    longest = max(1, items.shape[1])
+    histories = Histories.of(blocks, lengths.contiguous(), longest, window, 1, pads.keys_values, keys_values)
+    items, item_table = with_rows(items), with_rows(item_table)
+    weight, bias, norm_eps = norm
+    configuration = histories.configuration()
+    tiles = (triton.cdiv(histories.most_rows, configuration["BLOCK_R"]),)
+    _embed_items_kernel[tiles](
+        items,
+        item_table,
+        packed(weight, _norm_vector),
+        packed(bias, _norm_vector),
+        histories.ends,
+        *histories.stack.layer(0),
+        histories.hidden,
+        histories.shared,
+        histories.queries,
+        keys_values,
+        items.stride(0),
+        item_table.stride(0),
+        users,
+        histories.search_step,
+        norm_eps,
+        QUERIES=True,
+        **configuration,
+    )
+    of_last = len(blocks) - 1
+    for layer in range(of_last):
+        histories.attend(layer)
+        histories.finish(layer)
+    histories.attend(of_last, only_last)
+    pad_output = pads.output.contiguous()
+    if only_last:
+        _finish_last(histories, pad_output, last)
+        return rows, last
+    histories.finish(of_last, rows)
+    constants = {name: configuration[name] for name in ("D", "BLOCK_D")}
+    _last_rows_kernel[(users,)](rows, histories.lengths, histories.ends, pad_output, last, **constants, num_warps=1)
+    return rows, last
+
+
+def _finish_last(histories: Histories, pad_output: Tensor, last: Tensor) -> None:
+    configuration = row_configuration(histories.stack.sizes, last.dtype, last.shape[0])
+    _finish_last_kernel[(triton.cdiv(last.shape[0], configuration["BLOCK_R"]),)](
+        histories.hidden,
+        histories.gathered,
+        histories.shared,
+        *histories.stack.layer(-1),
+        histories.lengths,
+        histories.ends,
+        pad_output,
+        last,
+        last.shape[0],
+        histories.stack.eps,
+        **configuration,
+    )
+
+
+def _norm_vector(values: Tensor) -> Tensor:
+    """[D] as a LayerNorm in a kernel reads it."""
+    dim = values.shape[0]
+    return F.pad(values.detach().to(torch.float32), (0, max(LEAST, next_power_of_2(dim)) - dim))
+
+
+def cases() -> Iterator[Case]:
+    """What `python -m fastdiff.kernels.precompile` compiles."""
+    for name, sizes, n_rows, configuration, options in row_cases():
+        half = name != "fp32"
+        at = f"{name} D={sizes.dim} H={sizes.n_heads} {n_rows} rows"
+        floating = dict.fromkeys(("p_table", "p_matrices", "p_shared", "p_queries", "p_keys_values"), f"*{name}")
+        vectors = dict.fromkeys(("p_norm_weight", "p_norm_bias", "p_vectors", "p_hidden"), "*fp32")
+        integers = dict.fromkeys(("items_stride", "table_stride", "n_users", "search_step"), "i32")
+        yield Case(
+            f"{at} embed",
+            _embed_items_kernel,
+            {**floating, **vectors, "p_items": "*i64", "p_ends": "*i64", **integers, "norm_eps": "fp32"},
+            {"QUERIES": True, **configuration},
+            options,
+            tensor_core=half,
+        )
+        floating = dict.fromkeys(("p_gathered", "p_shared", "p_matrices", "p_pad_output", "p_last"), f"*{name}")
+        yield Case(
+            f"{at} finish last",
+            _finish_last_kernel,
+            {
+                **floating,
+                **dict.fromkeys(("p_hidden", "p_vectors"), "*fp32"),
+                **dict.fromkeys(("p_lengths", "p_ends"), "*i64"),
+                "n_users": "i32",
+                "eps": "fp32",
+            },
+            configuration,
+            options,
+            tensor_core=half,
+        )
+        floating = dict.fromkeys(("p_gathered", "p_shared", "p_matrices", "p_next_matrices"), f"*{name}")
+        floating |= dict.fromkeys(("p_rows", "p_queries", "p_keys_values"), f"*{name}")
+        for after in (True, False):
+            yield Case(
+                f"{at} finish{', next' if after else ''}",
+                finish_block_kernel,
+                {
+                    **floating,
+                    **dict.fromkeys(("p_hidden", "p_vectors", "p_next_vectors"), "*fp32"),
+                    "p_ends": "*i64",
+                    **dict.fromkeys(("n_users", "capacity", "n_slots"), "i32"),
+                    "eps": "fp32",
+                },
+                {"NEXT": after, "QUERIES": True, **configuration},
+                options,
+                tensor_core=half,
+            )
+    for name, sizes in CASES:
+        for only_last, block_q in ((False, 32), (True, 16)):
+            configuration = attend_configuration(sizes, block_q)
+            options = {key: configuration.pop(key) for key in ("num_warps", "num_stages")}
+            yield Case(
+                f"{name} D={sizes.dim} H={sizes.n_heads} attend{' last' if only_last else ''}",
+                attend_kernel,
+                {
+                    **dict.fromkeys(("p_queries", "p_keys_values", "p_pad", "p_gathered"), f"*{name}"),
+                    **dict.fromkeys(("p_lengths", "p_ends"), "*i64"),
+                    **dict.fromkeys(("capacity", "n_slots", "n_users", "n_tiles", "pad_stride", "window"), "i32"),
+                },
+                {"ONLY_LAST": only_last, **configuration},
+                options,
+                tensor_core=name != "fp32",
+            )
+    for name in ("fp32", "fp16", "bf16"):
+        yield Case(
+            f"{name} D=128 last rows",
+            _last_rows_kernel,
+            {
+                **dict.fromkeys(("p_rows", "p_pad_output", "p_last"), f"*{name}"),
+                **dict.fromkeys(("p_lengths", "p_ends"), "*i64"),
+            },
+            {"D": 128, "BLOCK_D": 128},
+            {"num_warps": 1},
+        )
