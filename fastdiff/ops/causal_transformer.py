@@ -112,8 +112,8 @@ class RaggedRows:
         return flat if self.full else flat[self.index]
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[N, ..] -> [B, n, ..], zeros beyond each row's length"""
-        shape = (self.lengths.shape[0], self.width, *packed.shape[1:])
+        """[N or more, ..] -> [B, n, ..], zeros beyond each row's length"""
+        packed, shape = packed[: self.index.shape[0]], (self.lengths.shape[0], self.width, *packed.shape[1:])
         if self.full:
             return packed.view(shape)
         flat = packed.new_zeros(shape[0] * shape[1], *shape[2:])

@@ -21,11 +21,13 @@ class CausalPrefix:
     """What the steps attend to: the keys and values of the slots before the one that is denoised, for B users.
 
     G is 1, or 2 under guidance: then entry 0 is the conditional pass and entry 1 the unconditional one. Slots of all
-    users are packed one after another, N of them; before a user's own slots stands one key for all of its pads.
+    users are packed one after another; before a user's own slots stands one key for all of its pads. There is room for N
+    slots, at least as many as there are; what stands beyond them is not read. The "cpu" loop takes no more room than
+    that: its own `prepare_causal_prefix` leaves none.
 
     cond         [G, B, D] the condition at the denoised slot; zeros in the unconditional pass
     keys_values  [n_blocks, G, N, 2 D] contiguous: a slot's keys of all heads, then its values
-    lengths      [B] int64, how many slots each user has, 0 or more; their sum is N
+    lengths      [B] int64, how many slots each user has, 0 or more; their sum is at most N
     pad          [n_blocks, G, 2 D] contiguous: the pads' common key and value, the same for all users
     log_pads     [B] added to the logit of the pad key: log(how many pads), -inf where the user has none
     uniform      [B] bool: users whose logits are 0 before log_pads, so that they attend evenly; None where nobody's are

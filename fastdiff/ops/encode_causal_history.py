@@ -41,8 +41,9 @@ def encode_causal_history_ref(
     pads        what the pads are in each block, for one pass
     window      the slots that items and pads together fill
     only_last   leave out the rows: the last block is then computed for the last ones alone
-    Returns the rows [N, D], packed one user after another (N = sum of lengths; [0, D] with `only_last`), and the last
-    row of each user [B, D], which for an empty history is `pads.output`.
+    Returns the rows [N, D], packed one user after another ([0, D] with `only_last`), and the last row of each user
+    [B, D], which for an empty history is `pads.output`. N is at least the sum of lengths, and what stands beyond that
+    sum is not to be read: a backend that does not wait for the device to tell the sum makes room for B n rows.
     """
     rows = RaggedRows.of(lengths, items.shape[1])
     embeddings = item_table[rows.pack(items)]

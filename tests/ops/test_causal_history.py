@@ -20,6 +20,14 @@ from fastdiff.ops.prepare_causal_prefix import prepare_causal_prefix
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 BACKENDS = encode_causal_history.available("cpu")
+ON_GPU = torch.cuda.is_available()
+HALVES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float16,)  # Triton's interpreter has no bfloat16
+WITH_TRITON = tuple(dict.fromkeys((*BACKENDS, "triton"))) if ON_GPU else BACKENDS
+IN_TRITON = [
+    pytest.param("triton", dtype, id=f"triton-{str(dtype)[6:]}")
+    for dtype in (torch.float32, *HALVES)
+    if "triton" in WITH_TRITON
+]
 ROWS = 9  # of the item table; row 0 is the pad
 
 
@@ -68,30 +76,45 @@ def problem(
     }
 
 
-def cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
     if isinstance(value, tuple):
-        return tuple(cast(item, dtype) for item in value)
-    if isinstance(value, (BlockWeights, Pads)):
-        return replace(value, **{name: cast(getattr(value, name), dtype) for name in value.__dataclass_fields__})
+        return tuple(cast(item, dtype, device) for item in value)
+    if isinstance(value, (BlockWeights, Pads, CausalPrefix)):
+        names = value.__dataclass_fields__
+        return replace(value, **{name: cast(getattr(value, name), dtype, device) for name in names})
     return value
+
+
+def rounded(p: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The problem whose float64 numbers `dtype` can hold, so that all dtypes mean the same one."""
+    return {name: cast(cast(value, dtype), torch.float64) for name, value in p.items()}
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and ON_GPU else "cpu"
 
 
 def encode(backend: str, p: dict[str, Any], only_last: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight, bias, eps = p["norm"]
     pad = F.layer_norm(p["table"][:1], p["table"].shape[1:], weight, bias, eps)
     arguments = (p["items"], p["lengths"], p["table"], p["norm"], p["blocks"], Pads.of(p["blocks"], pad), p["window"])
-    rows, last = encode_causal_history.bind(backend, "cpu", dtype)(*cast(arguments, dtype), only_last)
+    device = device_of(backend)
+    rows, last = encode_causal_history.bind(backend, device, dtype)(*cast(arguments, dtype, device), only_last)
     assert rows.dtype == last.dtype == dtype
-    return rows, last
+    assert rows.shape[0] >= (0 if only_last else int(p["lengths"].sum()))
+    return rows[: int(p["lengths"].sum())].cpu(), last.cpu()
 
 
 def prepare(backend: str, p: dict[str, Any], normalize: bool, guided: bool, dtype: torch.dtype) -> CausalPrefix:
     arguments = (p["condition"], p["last"], p["items"], p["lengths"], p["table"], 0.7, normalize, p["time"])
-    more = (*cast((p["blocks"], Pads.of(p["blocks"], pad_inputs(p, normalize))), dtype), p["window"], guided)
-    prefix: CausalPrefix = prepare_causal_prefix.bind(backend, "cpu", dtype)(*cast(arguments, dtype), *more)
-    return prefix
+    device, pads = device_of(backend), Pads.of(p["blocks"], pad_inputs(p, normalize))
+    more = (*cast((p["blocks"], pads), dtype, device), p["window"], guided)
+    prefix: CausalPrefix = prepare_causal_prefix.bind(backend, device, dtype)(*cast(arguments, dtype, device), *more)
+    slots = int(prefix.lengths.sum())
+    assert prefix.keys_values.shape[2] >= slots
+    return cast(replace(prefix, keys_values=prefix.keys_values[:, :, :slots]), dtype)
 
 
 def pad_inputs(p: dict[str, Any], normalize: bool) -> Tensor:
@@ -168,46 +191,112 @@ def rule(ours: Tensor, twin: Tensor, truth: Tensor, floor: float) -> None:
     assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + floor
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(p=problems(), only_last=st.booleans(), threads=st.sampled_from([1, 3]))
-def test_encoding_is_its_formula(backend: str, p: dict[str, Any], only_last: bool, threads: int) -> None:
-    torch.set_num_threads(threads)
+def encoding_is_its_formula(backend: str, p: dict[str, Any], only_last: bool, dtype: torch.dtype) -> None:
     rows, last = encoded_by_hand(p)
-    twin_rows, twin_last = encoded_by_hand({name: cast(value, torch.float32) for name, value in p.items()})
-    ours_rows, ours_last = encode(backend, p, only_last, torch.float32)
-    rule(ours_last, twin_last, last, AGREE[torch.float32])
+    twin_rows, twin_last = encoded_by_hand({name: cast(value, dtype) for name, value in p.items()})
+    ours_rows, ours_last = encode(backend, p, only_last, dtype)
+    floor = AGREE.get(dtype, FLOOR[dtype])
+    rule(ours_last, twin_last, last, floor)
     if only_last:
         assert ours_rows.shape == (0, rows.shape[1])
     else:
-        rule(ours_rows, twin_rows, rows, AGREE[torch.float32])
-    if backend == "torch":
-        assert_agree(encode(backend, p, only_last, torch.float64)[1], last, torch.float64)
+        rule(ours_rows, twin_rows, rows, floor)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(p=problems(), normalize=st.booleans(), guided=st.booleans(), threads=st.sampled_from([1, 3]))
-def test_preparing_is_its_formula(backend: str, p: dict[str, Any], normalize: bool, guided: bool, threads: int) -> None:
-    torch.set_num_threads(threads)
-    single = {name: cast(value, torch.float32) for name, value in p.items()}
-    ours = prepare(backend, p, normalize, guided, torch.float32)
+def preparing_is_its_formula(
+    backend: str, p: dict[str, Any], normalize: bool, guided: bool, dtype: torch.dtype
+) -> None:
+    narrow = {name: cast(value, dtype) for name, value in p.items()}
+    floor = AGREE.get(dtype, FLOOR[dtype])
+    ours = prepare(backend, p, normalize, guided, dtype)
     passes = 2 if guided else 1
     for branch in range(passes):
         truth = prefix_by_hand(p, normalize, branch)
-        rule(ours.keys_values[:, branch], prefix_by_hand(single, normalize, branch), truth, AGREE[torch.float32])
+        rule(ours.keys_values[:, branch], prefix_by_hand(narrow, normalize, branch), truth, floor)
     assert ours.keys_values.shape[1] == ours.pad.shape[1] == ours.cond.shape[0] == passes
     assert torch.equal(ours.lengths, (p["lengths"] - 1).clamp(min=0))
-    pads = p["window"] - p["lengths"].clamp(min=1)
-    assert_agree(ours.log_pads.exp(), pads.double(), torch.float32)
-    assert torch.equal(ours.cond[0], single["last"])
+    pads = (p["window"] - p["lengths"].clamp(min=1)).double()
+    rule(ours.log_pads.double().exp(), pads.log().to(dtype).double().exp(), pads, floor)
+    assert torch.equal(ours.cond[0], narrow["last"])
     assert not guided or not bool(ours.cond[1].any())
     empty = p["lengths"] == 0
     assert torch.equal(ours.uniform, empty) if ours.uniform is not None else not bool(empty.any())
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@given(p=problems(), only_last=st.booleans(), threads=st.sampled_from([1, 3]))
+def test_encoding_is_its_formula(backend: str, p: dict[str, Any], only_last: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    encoding_is_its_formula(backend, p, only_last, torch.float32)
+    if backend == "torch":
+        last = encoded_by_hand(p)[1]
+        assert_agree(encode(backend, p, only_last, torch.float64)[1], last, torch.float64)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@given(p=problems(), normalize=st.booleans(), guided=st.booleans(), threads=st.sampled_from([1, 3]))
+def test_preparing_is_its_formula(backend: str, p: dict[str, Any], normalize: bool, guided: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
+    preparing_is_its_formula(backend, p, normalize, guided, torch.float32)
     if backend == "torch":
         exact = prepare(backend, p, normalize, guided, torch.float64)
         assert_agree(exact.keys_values[:, 0], prefix_by_hand(p, normalize, 0), torch.float64)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# Every draw of the sizes above would be another kernel to compile, or seconds to interpret: a few of them instead.
+SETTINGS_IN_TRITON: list[dict[str, Any]] = [
+    {"lengths": [3], "window": 3, "dim": 16, "heads": 1, "n_blocks": 1},
+    {"lengths": [7, 0, 5, 1], "window": 7, "dim": 9, "heads": 3, "n_blocks": 2},
+    {"lengths": [0, 0], "window": 4, "dim": 8, "heads": 2, "n_blocks": 2},
+    {"lengths": [2, 37, 1, 19, 40], "window": 40, "dim": 72, "heads": 4, "n_blocks": 3},
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), IN_TRITON)
+@pytest.mark.parametrize("only_last", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS_IN_TRITON, ids=lambda setting: str(setting["lengths"]))
+def test_encoding_is_its_formula_in_triton(
+    backend: str, dtype: torch.dtype, only_last: bool, setting: dict[str, Any]
+) -> None:
+    encoding_is_its_formula(backend, rounded(problem(**setting), dtype), only_last, dtype)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), IN_TRITON)
+@pytest.mark.parametrize(("normalize", "guided"), [(False, True), (True, False)])
+@pytest.mark.parametrize("setting", SETTINGS_IN_TRITON, ids=lambda setting: str(setting["lengths"]))
+def test_preparing_is_its_formula_in_triton(
+    backend: str, dtype: torch.dtype, normalize: bool, guided: bool, setting: dict[str, Any]
+) -> None:
+    preparing_is_its_formula(backend, rounded(problem(**setting), dtype), normalize, guided, dtype)
+
+
+@pytest.mark.parametrize("backend", [name for name in WITH_TRITON if name != "cpu"])
+def test_rows_beyond_the_last_are_not_read(backend: str) -> None:
+    p = problem([3, 0, 5, 1], window=5)
+    nothing = torch.full((11, 8), torch.nan, dtype=torch.float64)
+    roomy = p | {"condition": torch.cat([p["condition"], nothing])}
+    expected = prepare(backend, p, False, True, torch.float32).keys_values
+    assert torch.equal(prepare(backend, roomy, False, True, torch.float32).keys_values, expected)
+
+
+@pytest.mark.skipif("triton" not in WITH_TRITON, reason="Triton needs a CUDA device, or TRITON_INTERPRET=1")
+def test_in_triton_a_row_is_the_same_in_any_batch() -> None:
+    lengths, order = [7, 0, 20, 1, 5], [2, 0]
+    p = problem(lengths, window=20, dim=36)
+    rows, last = encode("triton", p, False, torch.float32)
+    kept = prepare("triton", p, False, True, torch.float32).keys_values
+    starts = [sum(lengths[:i]) for i in range(6)]
+    slots = [sum(max(n - 1, 0) for n in lengths[:i]) for i in range(6)]
+    some = dict(p, items=p["items"][order], lengths=p["lengths"][order], last=p["last"][order])
+    some["condition"] = torch.cat([p["condition"][starts[i] : starts[i + 1]] for i in order])
+    part, ends = encode("triton", some, False, torch.float32)
+    assert_agree(ends, last[order], torch.float32)
+    assert_agree(part, torch.cat([rows[starts[i] : starts[i + 1]] for i in order]), torch.float32)
+    part = prepare("triton", some, False, True, torch.float32).keys_values
+    assert_agree(part, torch.cat([kept[:, :, slots[i] : slots[i + 1]] for i in order], dim=2), torch.float32)
+
+
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_a_real_size(backend: str) -> None:
     p = problem([50, 1, 37, 0, 6], window=50, dim=128, heads=4)
     rows, last = encoded_by_hand(p)
@@ -221,7 +310,7 @@ def test_a_real_size(backend: str) -> None:
         rule(prefix[:, branch], twin_keys, prefix_by_hand(p, False, branch), FLOOR[torch.float32])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_nobody(backend: str) -> None:
     p = problem([], window=5)
     p["items"] = torch.zeros(0, 0, dtype=torch.int64)
@@ -230,7 +319,7 @@ def test_nobody(backend: str) -> None:
     assert prepare(backend, p, False, True, torch.float32).keys_values.shape == (2, 2, 0, 16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_layouts(backend: str, nan_empty: None) -> None:
     p = problem([3, 0, 5, 1], window=5)
     strided = dict(p)
