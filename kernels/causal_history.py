@@ -404,8 +404,8 @@ def row_configuration(sizes: BlockSizes, dtype: torch.dtype, n_rows: int) -> dic
     return {
         **sizes.constants(),
         "BLOCK_R": (32 if wide else 64) if half and n_rows >= _MANY_ROWS else 16,
-        "BLOCK_F": min(sizes.padded_hidden, 32 if wide or not half else 64),
-        "BLOCK_K": min(sizes.block_d, (32 if wide else 64) if half else 16),
+        "BLOCK_F": min(sizes.padded_hidden, (32 if wide else 64) if half else 16),
+        "BLOCK_K": 32 if half and sizes.block_d >= 32 else 16,
         "num_warps": 4 if sizes.block_d <= 64 else 8,
         "num_stages": 3,
     }

@@ -298,9 +298,9 @@ def _configuration(sizes: BlockSizes, dtype: torch.dtype) -> dict[str, Any]:
     return {
         **sizes.constants(),
         "BLOCK_R": _ROWS,
-        "BLOCK_F": min(sizes.padded_hidden, 32 if wide or not half else 64),
-        "BLOCK_K": min(sizes.block_d, (32 if wide else 64) if half else 16),
-        "BLOCK_P": 4,
+        "BLOCK_F": min(sizes.padded_hidden, (32 if wide else 64) if half else 16),
+        "BLOCK_K": 32 if half and sizes.block_d >= 32 else 16,
+        "BLOCK_P": 4 if half and not wide else 2,
         "num_warps": min(8, max(4, sizes.block_e // 16)),
         "num_stages": 3,
     }

@@ -1,6 +1,7 @@
 """denoise_attention_loop against its formula, written out row by row with every pad that the pad key stands for."""
 
 import math
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,14 @@ from fastdiff.ops.denoise_attention_loop import CausalPrefix, denoise_attention_
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 BACKENDS = denoise_attention_loop.available("cpu")
+ON_GPU = torch.cuda.is_available()
+HALVES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float16,)  # Triton's interpreter has no bfloat16
+WITH_TRITON = tuple(dict.fromkeys((*BACKENDS, "triton"))) if ON_GPU else BACKENDS
+IN_TRITON = [
+    pytest.param("triton", dtype, id=f"triton-{str(dtype)[6:]}")
+    for dtype in (torch.float32, *HALVES)
+    if "triton" in WITH_TRITON
+]
 
 
 # --- a random problem -------------------------------------------------------------------------------------------------
@@ -87,20 +96,40 @@ def problem(
     }
 
 
+def cast(value: Any, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+    """Arguments of the op in another dtype, None for their own, and on another device; but not coef."""
+    if isinstance(value, dict):
+        return {name: part if name == "coef" else cast(part, dtype, device) for name, part in value.items()}
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, tuple):
+        return tuple(cast(part, dtype, device) for part in value)
+    if isinstance(value, (BlockWeights, CausalPrefix)):
+        return replace(value, **{name: cast(getattr(value, name), dtype, device) for name in value.__dataclass_fields__})
+    if isinstance(value, GivenNoise):
+        return GivenNoise(cast(value.noise, dtype, device))
+    if isinstance(value, StartNoise):
+        return StartNoise(cast(value.start, dtype, device), cast(value.rest, dtype, device))
+    if isinstance(value, PhiloxNoise):
+        keys = (value.row_key.to(device), value.sample.to(device))
+        return PhiloxNoise(value.seed, *keys, value.dim, dtype or value.dtype)
+    if isinstance(value, GeneratorNoise):
+        moved = copy(value)
+        moved.device = torch.device(device)
+        return moved
+    return value
+
+
 def in_float32(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same problem in float32; coef stays float64, as the contract says."""
+    return dict(cast(arguments, torch.float32))
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.float() if value.is_floating_point() else value
-        if isinstance(value, tuple):
-            return tuple(cast(item) for item in value)
-        if isinstance(value, (BlockWeights, CausalPrefix)):
-            names = value.__dataclass_fields__
-            return replace(value, **{name: cast(getattr(value, name)) for name in names})
-        return GivenNoise(value.noise.float()) if isinstance(value, GivenNoise) else value
 
-    return {name: value if name == "coef" else cast(value) for name, value in arguments.items()}
+def run(backend: str, arguments: dict[str, Any]) -> Tensor:
+    device = "cuda" if backend == "triton" and ON_GPU else "cpu"
+    op = denoise_attention_loop.bind(backend, device, arguments["x_t"].dtype)
+    x_0: Tensor = op(*cast(arguments, None, device).values())
+    assert x_0.dtype == arguments["x_t"].dtype
+    return x_0.cpu()
 
 
 # --- the formula, one row at a time -----------------------------------------------------------------------------------
@@ -181,20 +210,69 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def is_its_formula(backend: str, setting: dict[str, Any], dtype: torch.dtype) -> None:
+    exact = cast(cast(problem(**setting), dtype), torch.float64)  # numbers that the dtype can hold
+    truth = loop_by_hand(setting["users"], **exact)
+    narrow = cast(exact, dtype)
+    twin = loop_by_hand(setting["users"], **narrow)
+    # guidance and near-constant rows under a LayerNorm amplify rounding, in the twin or in ours
+    floor = AGREE.get(dtype, FLOOR[dtype])
+    assert relative_error(run(backend, narrow), truth) <= 2 * relative_error(twin, truth) + floor
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 @given(setting=settings())
 def test_is_its_formula(backend: str, setting: dict[str, Any]) -> None:
-    exact = problem(**setting)
-    truth = loop_by_hand(setting["users"], **exact)
-    single = in_float32(exact)
-    twin = loop_by_hand(setting["users"], **single)
-    op = denoise_attention_loop.bind(backend, "cpu")
-    ours = op(*single.values())
-    assert ours.dtype == torch.float32
-    # guidance and near-constant rows under a LayerNorm amplify rounding, in the twin or in ours
-    assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + AGREE[torch.float32]
+    is_its_formula(backend, setting, torch.float32)
     if backend == "torch":
-        assert_agree(op(*exact.values()), truth, torch.float64)
+        exact = problem(**setting)
+        assert_agree(run(backend, exact), loop_by_hand(setting["users"], **exact), torch.float64)
+
+
+# Every draw of the sizes above would be another kernel to compile, or seconds to interpret: a few of them instead.
+SETTINGS_IN_TRITON: list[dict[str, Any]] = [
+    {"users": [(0, 0)], "heads": 1, "dim": 3, "n_blocks": 1, "steps": 1},
+    {"users": [(3, 1), (0, 0), (2, 9)], "samples": 7, "uniform": [False, False, True], "normalize": True},
+    {"users": [(5, 20), (0, 3), (1, 0)], "samples": 3, "heads": 4, "dim": 72, "branches": 2, "steps": 4},
+    {"users": [(0, 2), (4, 0)], "heads": 3, "dim": 54, "branches": 2, "uniform": [False, True], "normalize": True},
+]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), IN_TRITON)
+@pytest.mark.parametrize("setting", SETTINGS_IN_TRITON, ids=lambda setting: str(setting["users"]))
+def test_is_its_formula_in_triton(backend: str, dtype: torch.dtype, setting: dict[str, Any]) -> None:
+    is_its_formula(backend, setting, dtype)
+
+
+@pytest.mark.parametrize("backend", [name for name in WITH_TRITON if name != "cpu"])
+def test_slots_beyond_the_last_are_not_read(backend: str) -> None:
+    arguments = in_float32(problem(users=[(3, 1), (0, 0), (2, 4)], branches=2))
+    prefix = arguments["prefix"]
+    nothing = torch.full((2, 2, 9, 16), torch.nan)
+    roomy = replace(prefix, keys_values=torch.cat([prefix.keys_values, nothing], dim=2))
+    assert torch.equal(run(backend, arguments | {"prefix": roomy}), run(backend, arguments))
+
+
+@pytest.mark.skipif("triton" not in WITH_TRITON, reason="Triton needs a CUDA device, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("branches", [1, 2])
+def test_in_triton_a_row_is_the_same_in_any_batch(branches: int) -> None:
+    users = [(n % 3, n) for n in (7, 0, 9, 1, 3, 2)]
+    starts = [sum(n for _, n in users[:i]) for i in range(len(users) + 1)]
+    arguments = in_float32(problem(users=users, samples=4, branches=branches, uniform=[n == 0 for _, n in users]))
+    whole, order = run("triton", arguments).view(6, 4, -1), [4, 1, 2]
+    prefix = arguments["prefix"]
+    some = replace(
+        prefix,
+        cond=prefix.cond[:, order],
+        keys_values=torch.cat([prefix.keys_values[:, :, starts[i] : starts[i + 1]] for i in order], dim=2),
+        lengths=prefix.lengths[order],
+        log_pads=prefix.log_pads[order],
+        uniform=prefix.uniform[order],
+    )
+    draws = arguments["noise"].noise.view(4, 6, 4, -1)[:, order].flatten(1, 2)
+    x_t = arguments["x_t"].view(6, 4, -1)[order].flatten(0, 1)
+    part = run("triton", arguments | {"x_t": x_t, "prefix": some, "noise": GivenNoise(draws)})
+    assert_agree(part.view(3, 4, -1), whole[order], torch.float32)
 
 
 LAYOUTS = {
@@ -203,20 +281,19 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend: str, layout: str, nan_empty: None) -> None:
     """Also: no unwritten memory reaches the result."""
     arguments = in_float32(problem(users=[(3, 1), (0, 0), (2, 4)], samples=2, branches=2))
-    op = denoise_attention_loop.bind(backend, "cpu")
-    expected = op(*arguments.values())
+    expected = run(backend, arguments)
     change, prefix = LAYOUTS[layout], arguments["prefix"]
     for name in ("x_t", "time"):
         arguments[name] = change(arguments[name])
     names = ("cond", "keys_values", "lengths", "pad", "log_pads")
     arguments["prefix"] = replace(prefix, **{name: change(getattr(prefix, name)) for name in names})
     arguments["noise"] = GivenNoise(change(arguments["noise"].noise))
-    ours = op(*arguments.values())
+    ours = run(backend, arguments)
     assert ours.isfinite().all()
     assert ours.is_contiguous()
     if backend == "cpu":
@@ -225,18 +302,18 @@ def test_layouts(backend: str, layout: str, nan_empty: None) -> None:
         assert_agree(ours, expected, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_a_real_size(backend: str) -> None:
     """ADRec's own: 2 blocks of 4 heads on 128 dims, 49 keys before the token."""
     users = [(50 - n, n - 1) for n in (1, 6, 37, 50)]
     exact = problem(users=users, heads=4, dim=128, steps=4, branches=2)
-    ours = denoise_attention_loop.bind(backend, "cpu")(*in_float32(exact).values())
+    ours = run(backend, in_float32(exact))
     truth = loop_by_hand(users, **exact)
     twin = loop_by_hand(users, **in_float32(exact))
     assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 @pytest.mark.parametrize("rest", ["given", "philox", "generator"])
 def test_every_kind_of_noise(backend: str, rest: str) -> None:
     """The loop asks each kind for the draws that it gives when asked one by one."""
@@ -256,10 +333,10 @@ def test_every_kind_of_noise(backend: str, rest: str) -> None:
     arguments["noise"] = GivenNoise(torch.stack([arguments["x_t"], *(once.draw(1 + i) for i in range(steps - 1))]))
     expected = denoise_attention_loop_ref(**arguments)
     arguments["noise"] = StartNoise(arguments["x_t"], make())
-    assert_agree(denoise_attention_loop.bind(backend, "cpu")(*arguments.values()), expected, torch.float32)
+    assert_agree(run(backend, arguments), expected, torch.float32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_noise_is_drawn_only_where_it_counts(backend: str) -> None:
     class Recorder(Noise):
         def __init__(self) -> None:
@@ -267,27 +344,27 @@ def test_noise_is_drawn_only_where_it_counts(backend: str) -> None:
 
         def draw(self, index: int) -> Tensor:
             self.asked.append(index)
-            return torch.zeros(2, 8)
+            return torch.zeros(2, 8, device="cuda" if backend == "triton" and ON_GPU else "cpu")
 
     arguments = in_float32(problem(users=[(1, 0), (2, 0)], steps=4))
     arguments["coef"][1, 2] = 0.0
     arguments["noise"] = recorder = Recorder()
-    denoise_attention_loop.bind(backend, "cpu")(*arguments.values())
+    run(backend, arguments)
     assert recorder.asked == [1, 3]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_nobody(backend: str) -> None:
     arguments = in_float32(problem(users=[]))
-    assert denoise_attention_loop.bind(backend, "cpu")(*arguments.values()).shape == (0, 8)
+    assert run(backend, arguments).shape == (0, 8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_rows_must_be_shared_out_evenly(backend: str) -> None:
     arguments = in_float32(problem(users=[(1, 0), (2, 0)]))
     arguments["x_t"] = torch.zeros(3, 8)
     with pytest.raises(InvalidArgument, match=r"same number of rows for each of the prefix's 2 users \(got 3 rows\)"):
-        denoise_attention_loop.bind(backend, "cpu")(*arguments.values())
+        run(backend, arguments)
 
 
 # --- what only the C++ loop promises ----------------------------------------------------------------------------------
