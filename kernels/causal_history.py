@@ -8,7 +8,8 @@ A block is two launches: attention, one program for some queries of one head; th
 output projection to the next block's queries, keys and values, one program for some rows: a row's hidden units never
 reach memory, and 2 (4 D^2 + 2 D F) bytes of weights in half precision are read once for up to 64 rows.
 
-    hidden    [G, capacity, BLOCK_D] float32, the residual stream       shared  [G, capacity, 2 BLOCK_D], left sides of products
+    hidden             [G, capacity, BLOCK_D] float32, the residual stream
+    shared             [G, capacity, 2 BLOCK_D], left sides of products
     queries, gathered  [G, capacity, BLOCK_E], heads side by side as `fastdiff.kernels.causal_transformer` lays them out
 """
 
@@ -24,7 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.causal_transformer import (
+    CASES,
     LEAST,
+    OPTIONS,
     BlockSizes,
     PackedBlocks,
     finish_block,
@@ -43,7 +46,10 @@ _MANY_ROWS = 64 * 128  # from here on the larger tiles still give every multipro
 
 @triton.jit
 def user_of(o_row, p_ends, n_users, search_step):
-    """The user of each packed row: how many users end at or before it. search_step: a power of two above n_users / 2."""
+    """The user of each packed row: how many users end at or before it.
+
+    search_step  a power of two above n_users / 2, with which the search begins
+    """
     b_user = tl.zeros_like(o_row)
     step = tl.to_tensor(search_step)
     while step > 0:
@@ -92,7 +98,7 @@ def project_and_store(
     tl.store(p_key + D, b_value.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_slots", "n_users", "n_tiles", "window"])
 def attend_kernel(
     p_queries,
     p_keys_values,
@@ -166,7 +172,7 @@ def attend_kernel(
     tl.store(p_out, b_sum.to(p_gathered.dtype.element_ty), mask=m_query[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_users", "n_slots"])
 def finish_block_kernel(
     p_hidden,
     p_gathered,
@@ -258,9 +264,12 @@ def finish_block_kernel(
 class Histories:
     """Packed rows of B users, for G passes, and the buffers that their blocks need.
 
-    lengths, ends  [B] int64: rows of each user, and their running sum     longest  at least the longest
+    lengths, ends  [B] int64: rows of each user, and their running sum
+    longest        at least the longest of the lengths
+    window         slots that a user's rows and pads fill together
+    pad            [n_blocks, G or more, 2 D] contiguous
     keys_values    [layers, G, n_slots, 2 D], where block i's go to place i, or all to place 0 where `layers` is 1
-    pad            [n_blocks, G or more, 2 D] contiguous                   window   slots that rows and pads fill together
+    hidden, shared, queries, gathered   see the module's docstring
     """
 
     stack: PackedBlocks
@@ -394,6 +403,7 @@ def attend_configuration(sizes: BlockSizes, block_q: int) -> dict[str, Any]:
         "BLOCK_P": 32,
         "num_warps": 4 if block_q * sizes.block_dh > 1024 else 2,
         "num_stages": 2,
+        "maxnreg": 255,
     }
 
 
@@ -408,28 +418,16 @@ def row_configuration(sizes: BlockSizes, dtype: torch.dtype, n_rows: int) -> dic
         "BLOCK_K": 32 if half and sizes.block_d >= 32 else 16,
         "num_warps": 4 if sizes.block_d <= 64 else 8,
         "num_stages": 3,
+        "maxnreg": 255,  # else ptxas saves registers for a second program, and spills
     }
 
 
-def with_rows(x: Tensor) -> Tensor:
-    """x [.., n] with a row's entries side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-CASES = tuple(
-    (name, BlockSizes(dim, heads, 4 * dim))
-    for name in ("fp32", "fp16", "bf16")
-    for dim, heads in ((64, 2), (128, 4), (256, 4))
-)
-"""Dtypes and sizes that `python -m fastdiff.kernels.precompile` compiles the kernels of both ops for."""
-
-
 def row_cases() -> Iterator[tuple[str, BlockSizes, str, dict[str, Any], dict[str, Any]]]:
-    """Of each of `CASES`: dtype, sizes, "few" and "many" rows, what a kernel on rows is compiled for, and its options."""
+    """Of each of `CASES`: dtype, sizes, "few" or "many" rows, what a kernel on rows is compiled for, its options."""
     dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     for name, sizes in CASES:
         for rows, n_rows in (("few", 1), ("many", _MANY_ROWS)):
             configuration = row_configuration(sizes, dtypes[name], n_rows)
             if rows == "few" or configuration != row_configuration(sizes, dtypes[name], 1):
-                options = {key: configuration.pop(key) for key in ("num_warps", "num_stages")}
+                options = {key: configuration.pop(key) for key in OPTIONS}
                 yield name, sizes, rows, configuration, options

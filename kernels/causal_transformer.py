@@ -1,17 +1,17 @@
 """Post-norm transformer blocks inside kernels: weights as kernels read them, and the parts that act row by row.
 
 A block's matrices stand transposed, [inputs, outputs], one after another in one buffer, so that a tile is read in whole
-lines and an offset is known when a kernel is compiled:
+lines and every offset is known when a kernel is compiled:
 
     queries [D, E]   keys [D, E]   values [D, E]   out [E, D]   up [D, F]   down [F, D]
 
-and its vectors, in float32, in another: three biases [E], then out_bias, norm_1 (weight, bias), down_bias, norm_2 [D]
-each, then up_bias [F]. D, E and F are extents of blocks, with zeros where the model has no numbers: D is the hidden
-size, E all heads side by side, head h from h BLOCK_DH on, F the hidden units. So weights are read without masks, and what is beyond the model's
-own dims is 0 at every stage.
+Its vectors stand in another, in float32: three biases [E]; out_bias, norm_1 (weight, bias), down_bias, norm_2 (weight,
+bias) [D]; up_bias [F]. D, E and F are here extents of tiles, with zeros where the model has no numbers: D holds the
+hidden size, F the hidden units, E all heads side by side, head h from h BLOCK_DH on. So weights are read without masks,
+and what is beyond the model's own dims is 0 at every stage.
 
 The residual stream, norms and sums stay in registers, in float32. The left side of a matrix product, in the dtype of
-the weights, goes through memory that only its own program touches, and that stays in its L1: so a product is a loop over
+the weights, goes through memory that only its own program touches and that stays in its L1: so a product is a loop over
 depth whose tiles, of both sides, are fetched ahead, and no thread holds a whole row of operands.
 """
 
@@ -31,6 +31,8 @@ from fastdiff.ops.causal_transformer import BlockWeights
 from fastdiff.ops.cpu.packing import packed
 
 LEAST = 16  # of a matrix product's extents
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+"""What of a launcher's configuration is for the compiler; the rest are a kernel's constants."""
 
 
 # --- sizes and weights ------------------------------------------------------------------------------------------------
@@ -142,6 +144,22 @@ def packed_blocks(blocks: Sequence[BlockWeights]) -> PackedBlocks:
 
 def _no_stacks(first: BlockWeights) -> dict[tuple[int, ...], tuple[tuple[BlockWeights, ...], PackedBlocks]]:
     return {}
+
+
+CASES = (
+    *(
+        (name, BlockSizes(dim, heads, 4 * dim))
+        for name in ("fp32", "fp16", "bf16")
+        for dim, heads in ((64, 2), (128, 4))
+    ),
+    ("fp16", BlockSizes(256, 4, 1024)),
+)
+"""Dtypes and sizes that `python -m fastdiff.kernels.precompile` compiles kernels for."""
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """x [.., n] with a row's entries side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --- row by row -------------------------------------------------------------------------------------------------------

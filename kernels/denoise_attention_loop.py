@@ -19,7 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
-from fastdiff.kernels.causal_transformer import BlockSizes, finish_block, packed_blocks, project, share
+from fastdiff.kernels.causal_transformer import (
+    CASES,
+    OPTIONS,
+    BlockSizes,
+    finish_block,
+    packed_blocks,
+    project,
+    share,
+    with_rows,
+)
 from fastdiff.kernels.normals import normal_rows
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import device_int
@@ -31,10 +40,9 @@ from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.denoise_attention_loop import CausalPrefix
 
 _ROWS = 16  # of a program: the least that a matrix unit takes
-_NO_NOISE, _GIVEN, _PHILOX = 0, 1, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "samples", "n_users", "n_slots", "n_steps", "n_blocks"])
 def _denoise_attention_loop_kernel(
     p_x_t,
     p_x_0,
@@ -67,7 +75,7 @@ def _denoise_attention_loop_kernel(
     eps,
     G: tl.constexpr,
     UNIFORM: tl.constexpr,
-    NOISE: tl.constexpr,
+    PHILOX: tl.constexpr,
     NORMALIZE: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
@@ -108,9 +116,7 @@ def _denoise_attention_loop_kernel(
             p_biases = p_vectors + layer * (3 * BLOCK_E + 6 * BLOCK_D + F)
             i_cache = (layer * G + o_pass).to(tl.int64)
             share(p_shared, b_h)
-            b_query, b_key, b_value = project(
-                p_shared, p_layer, p_biases, True, BLOCK_R, BLOCK_D, BLOCK_E, BLOCK_K
-            )
+            b_query, b_key, b_value = project(p_shared, p_layer, p_biases, True, BLOCK_R, BLOCK_D, BLOCK_E, BLOCK_K)
             if UNIFORM:
                 b_query = tl.where(b_even[:, None], 0.0, b_query)
             b_attended = _attend(
@@ -136,18 +142,17 @@ def _denoise_attention_loop_kernel(
             b_h = tl.reshape(b_both, [BLOCK_R, BLOCK_D])
         c_noise = tl.load(p_coef + step * 3 + 2)
         b_x = tl.load(p_coef + step * 3) * b_h + tl.load(p_coef + step * 3 + 1) * b_x
-        if NOISE != 0:
-            if c_noise != 0.0:  # a step without noise may have no draw
-                if NOISE == 1:
-                    p_draw = p_noise + tl.to_tensor(step).to(tl.int64) * noise_step_stride
-                    p_draws = p_draw + o_row[:, None] * noise_row_stride + o_dim[None, :]
-                    b_noise = tl.load(p_draws, mask=mask, other=0.0).to(tl.float32)
-                else:
-                    b_row_key = tl.load(p_row_key + o_row, mask=m_row, other=0)
-                    b_sample = tl.load(p_sample + o_row, mask=m_row, other=0)
-                    b_noise = normal_rows(tl.load(p_seed), b_row_key, b_sample, 1 + step, BLOCK_D)
-                    b_noise = tl.where(mask, b_noise, 0.0)
-                b_x += c_noise * b_noise
+        if c_noise != 0.0:  # a step without noise may have no draw
+            if PHILOX:
+                b_row_key = tl.load(p_row_key + o_row, mask=m_row, other=0)
+                b_sample = tl.load(p_sample + o_row, mask=m_row, other=0)
+                b_noise = normal_rows(tl.load(p_seed), b_row_key, b_sample, 1 + step, BLOCK_D)
+                b_noise = tl.where(mask, b_noise, 0.0)
+            else:
+                p_draw = p_noise + tl.to_tensor(step).to(tl.int64) * noise_step_stride
+                p_draw += o_row[:, None] * noise_row_stride + o_dim[None, :]
+                b_noise = tl.load(p_draw, mask=mask, other=0.0).to(tl.float32)
+            b_x += c_noise * b_noise
         if NORMALIZE:
             b_x = unit_rows(b_x)
     p_out = p_x_0 + o_row[:, None] * D + o_dim[None, :]
@@ -232,12 +237,11 @@ def denoise_attention_loop(
     passes = prefix.cond.shape[0]
     x_t = x_t.contiguous()
     lengths = prefix.lengths.contiguous()
-    kind, given, seed, row_key, sample = _NO_NOISE, x_t, lengths, lengths, lengths
+    given, seed, row_key, sample = x_t, lengths, lengths, lengths  # what is not read
     if draws.given is not None:
-        kind, given = _GIVEN, draws.given if draws.given.stride(-1) == 1 else draws.given.contiguous()
-    elif draws.row_key is not None and draws.sample is not None:
-        kind, seed = _PHILOX, device_int(draws.seed, device)
-        row_key, sample = draws.row_key.contiguous(), draws.sample.contiguous()
+        given = with_rows(draws.given)
+    if draws.row_key is not None and draws.sample is not None:
+        seed, row_key, sample = device_int(draws.seed, device), draws.row_key.contiguous(), draws.sample.contiguous()
     programs = triton.cdiv(n_rows * passes, _ROWS)
     scratch = x_t.new_empty(programs * _ROWS * (2 * stack.sizes.block_d + stack.sizes.block_e))
     _denoise_attention_loop_kernel[(programs,)](
@@ -272,7 +276,7 @@ def denoise_attention_loop(
         stack.eps,
         G=passes,
         UNIFORM=prefix.uniform is not None,
-        NOISE=kind,
+        PHILOX=draws.row_key is not None,
         NORMALIZE=normalize,
         **_configuration(stack.sizes, x_t.dtype),
     )
@@ -292,42 +296,44 @@ def _no_tables(coef: Tensor) -> dict[torch.device, Tensor]:
 
 
 def _configuration(sizes: BlockSizes, dtype: torch.dtype) -> dict[str, Any]:
-    """Tiles of weights and slots, and warps: one warp for 16 of a row's dims, so that a step's slots lie in a thread."""
+    """Tiles of weights and slots. With a warp for every 16 of a row's dims, the slots of a tile lie in one thread."""
     half = dtype != torch.float32
     wide = sizes.block_d > 128
+    num_warps = min(8, max(4, sizes.block_e // 16))
     return {
         **sizes.constants(),
         "BLOCK_R": _ROWS,
         "BLOCK_F": min(sizes.padded_hidden, (32 if wide else 64) if half else 16),
         "BLOCK_K": 32 if half and sizes.block_d >= 32 else 16,
         "BLOCK_P": 4 if half and not wide else 2,
-        "num_warps": min(8, max(4, sizes.block_e // 16)),
+        "num_warps": num_warps,
         "num_stages": 3,
+        "maxnreg": 255 if num_warps == 4 else None,  # else ptxas spills to make room for another program
     }
 
 
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
-    kinds = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    for name, dtype in kinds.items():
-        for dim, heads in ((64, 2), (128, 4), (256, 4)):
-            for passes, noise in ((1, _PHILOX), (2, _GIVEN)):
-                configuration = _configuration(BlockSizes(dim, heads, 4 * dim), dtype)
-                options = {key: configuration.pop(key) for key in ("num_warps", "num_stages")}
-                floating = ("x_t", "x_0", "cond", "time", "matrices", "keys_values", "pad", "log_pads", "noise", "scratch")
-                yield Case(
-                    f"{name} D={dim} H={heads} G={passes} {'given' if noise == _GIVEN else 'philox'}",
-                    _denoise_attention_loop_kernel,
-                    {
-                        **{f"p_{key}": f"*{name}" for key in floating},
-                        **dict.fromkeys(("p_coef", "p_vectors"), "*fp32"),
-                        **dict.fromkeys(("p_lengths", "p_ends", "p_seed", "p_row_key", "p_sample"), "*i64"),
-                        "p_uniform": "*u8",
-                        **dict.fromkeys(("noise_step_stride", "noise_row_stride", "n_rows", "samples"), "i32"),
-                        **dict.fromkeys(("n_users", "n_slots", "n_steps", "n_blocks"), "i32"),
-                        **dict.fromkeys(("guidance_scale", "input_scale", "eps"), "fp32"),
-                    },
-                    {"G": passes, "UNIFORM": True, "NOISE": noise, "NORMALIZE": passes == 2, **configuration},
-                    options,
-                    tensor_core=name != "fp32",
-                )
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    for name, sizes in CASES:
+        for passes in (1, 2):
+            configuration = _configuration(sizes, dtypes[name])
+            options = {key: configuration.pop(key) for key in OPTIONS}
+            floating = ("x_t", "x_0", "cond", "time", "matrices", "keys_values", "pad", "log_pads", "noise", "scratch")
+            yield Case(
+                f"{name} D={sizes.dim} H={sizes.n_heads} G={passes} {'philox' if passes == 1 else 'given'}",
+                _denoise_attention_loop_kernel,
+                {
+                    **{f"p_{key}": f"*{name}" for key in floating},
+                    **dict.fromkeys(("p_coef", "p_vectors"), "*fp32"),
+                    **dict.fromkeys(("p_lengths", "p_ends", "p_seed", "p_row_key", "p_sample"), "*i64"),
+                    "p_uniform": "*u8",
+                    **dict.fromkeys(("noise_step_stride", "noise_row_stride", "n_rows", "samples"), "i32"),
+                    **dict.fromkeys(("n_users", "n_slots", "n_steps", "n_blocks"), "i32"),
+                    **dict.fromkeys(("guidance_scale", "input_scale", "eps"), "fp32"),
+                },
+                {"G": passes, "UNIFORM": True, "PHILOX": passes == 1, "NORMALIZE": passes == 2, **configuration},
+                options,
+                hot=sizes.dim <= 128,
+                tensor_core=name != "fp32",
+            )

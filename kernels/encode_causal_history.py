@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.causal_history import (
-    CASES,
     Histories,
     attend_configuration,
     attend_kernel,
@@ -20,16 +19,15 @@ from fastdiff.kernels.causal_history import (
     row_cases,
     row_configuration,
     user_of,
-    with_rows,
 )
-from fastdiff.kernels.causal_transformer import LEAST, finish_block, layer_norm, share
+from fastdiff.kernels.causal_transformer import CASES, LEAST, OPTIONS, finish_block, layer_norm, share, with_rows
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
 from fastdiff.ops.cpu.packing import packed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_users", "search_step"])
 def _embed_items_kernel(
     p_items,
     p_table,
@@ -107,7 +105,7 @@ def _last_rows_kernel(p_rows, p_lengths, p_ends, p_pad_output, p_last, D: tl.con
     tl.store(p_last + i_user * D + o_dim, tl.where(some, b_last, b_pad), mask=m_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_users"])
 def _finish_last_kernel(
     p_hidden,
     p_gathered,
@@ -131,7 +129,7 @@ def _finish_last_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The last block behind its attention for each user's last row alone; row i of p_gathered and p_shared is user i's."""
+    """The last block behind its attention for each user's last row alone; rows of p_gathered and p_shared are users."""
     o_user = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_dim = tl.arange(0, BLOCK_D)
     m_user = o_user < n_users
@@ -291,7 +289,7 @@ def cases() -> Iterator[Case]:
     for name, sizes in CASES:
         for only_last, block_q in ((False, 32), (True, 16)):
             configuration = attend_configuration(sizes, block_q)
-            options = {key: configuration.pop(key) for key in ("num_warps", "num_stages")}
+            options = {key: configuration.pop(key) for key in OPTIONS}
             yield Case(
                 f"{name} D={sizes.dim} H={sizes.n_heads} attend{' last' if only_last else ''}",
                 attend_kernel,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.causal_history import Histories, project_and_store, row_cases, user_of, with_rows
-from fastdiff.kernels.causal_transformer import share
+from fastdiff.kernels.causal_history import Histories, project_and_store, row_cases, user_of
+from fastdiff.kernels.causal_transformer import share, with_rows
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
@@ -19,7 +19,7 @@ from fastdiff.ops.denoise_attention_loop import CausalPrefix
 _USERS = 256  # of one program that writes lengths
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "n_users"])
 def _slots_kernel(p_lengths, p_slots, p_log_pads, p_empty, window, n_users, BLOCK: tl.constexpr):
     """Of each history: its slots before the last, log(pads before those), and whether it is empty."""
     o_user = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -33,7 +33,7 @@ def _slots_kernel(p_lengths, p_slots, p_log_pads, p_empty, window, n_users, BLOC
     tl.store(p_empty + o_user, (b_length == 0).to(tl.uint8), mask=m_user)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_users", "search_step", "n_slots"])
 def _embed_targets_kernel(
     p_condition,
     p_items,

@@ -21,8 +21,8 @@ class CausalPrefix:
     """What the steps attend to: the keys and values of the slots before the one that is denoised, for B users.
 
     G is 1, or 2 under guidance: then entry 0 is the conditional pass and entry 1 the unconditional one. Slots of all
-    users are packed one after another; before a user's own slots stands one key for all of its pads. There is room for N
-    slots, at least as many as there are; what stands beyond them is not read. The "cpu" loop takes no more room than
+    users are packed one after another; before a user's own slots stands one key for all of its pads. There is room for
+    N slots, at least as many as there are; what stands beyond them is not read. The "cpu" loop takes no more room than
     that: its own `prepare_causal_prefix` leaves none.
 
     cond         [G, B, D] the condition at the denoised slot; zeros in the unconditional pass

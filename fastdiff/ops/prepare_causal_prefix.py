@@ -33,14 +33,15 @@ def prepare_causal_prefix_ref(
 
     and, where `guided`, a second pass without the condition. Of the last block only keys and values are computed.
 
-    condition      [N, D] packed as the same backend's `encode_causal_history` returns it; rows beyond the sum of lengths
-                   are not read
+    condition      [N, D] packed as the same backend's `encode_causal_history` returns it; what stands beyond the sum of
+                   lengths is not read
     last           [B, D] the condition at the last slot
     items, lengths, item_table, window   as there
     time           [D], what t = 0 adds
     blocks         the transformer blocks, at least one
     pads           what the pads are in each block, for G = 2 passes: conditional, unconditional
-    Returns a `CausalPrefix`; a backend that does not wait for lengths makes room for B (n - 1) slots. An empty history's last slot is one of its pads: it attends evenly to the others.
+    Returns a `CausalPrefix`; a backend that does not wait for the lengths makes room for B (n - 1) slots. An empty
+    history's last slot is one of its pads: it attends evenly to the others.
     """
     passes, width = 2 if guided else 1, max(items.shape[1] - 1, 0)
     rows = RaggedRows.of(lengths, items.shape[1])

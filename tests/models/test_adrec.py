@@ -26,6 +26,11 @@ SHORTEST_CHAIN = {"linear": 20, "pw_lin": 20}
 """Below these T their betas leave (0, 1]."""
 DECODERS = {"att": "attention", "mlp": "mlp"}
 BACKENDS = [name for name in ("torch", "cpu") if all(op.why_not(name, "cpu") is None for op in ADRec.ops)]
+NOT_OF = {
+    "att": ("row_linear", "denoise_mlp_loop"),
+    "mlp": ("prepare_causal_prefix", "denoise_attention_loop"),
+}
+"""Ops that a decoder does without."""
 
 
 # --- building blocks --------------------------------------------------------------------------------------------------
@@ -54,7 +59,8 @@ def ours_of(published: PublishedADRec, backend: str = "torch", **layers: int) ->
     )
     weights = {name: value.detach() for name, value in published.state_dict().items()}
     dtype = weights[ADRec.item_table_key].dtype
-    return ADRec(config, weights, {op.name: op.bind(backend, "cpu", dtype) for op in ADRec.ops})
+    ops = [op for op in ADRec.ops if op.name not in NOT_OF[args.dif_decoder]]
+    return ADRec(config, weights, {op.name: op.bind(backend, "cpu", dtype) for op in ops})
 
 
 def make_published(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PublishedADRec:
@@ -259,9 +265,16 @@ def test_items_added_later_are_known_to_histories() -> None:
 # --- laws -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decoder", ["att", "mlp"])
+@pytest.mark.parametrize(
+    ("decoder", "backend"),
+    [
+        (decoder, backend)
+        for decoder, unused in NOT_OF.items()
+        for backend in ("torch", "cpu", "triton")
+        if all(op.why_not(backend, "cpu") is None for op in ADRec.ops if op.name not in unused)
+    ],
+)
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("backend", BACKENDS)
 class TestLaws:
     lengths = (3, 0, 6, 1, 5, 0)
 

@@ -105,7 +105,9 @@ def cast(value: Any, dtype: torch.dtype | None, device: str = "cpu") -> Any:
     if isinstance(value, tuple):
         return tuple(cast(part, dtype, device) for part in value)
     if isinstance(value, (BlockWeights, CausalPrefix)):
-        return replace(value, **{name: cast(getattr(value, name), dtype, device) for name in value.__dataclass_fields__})
+        return replace(
+            value, **{name: cast(getattr(value, name), dtype, device) for name in value.__dataclass_fields__}
+        )
     if isinstance(value, GivenNoise):
         return GivenNoise(cast(value.noise, dtype, device))
     if isinstance(value, StartNoise):
