@@ -252,6 +252,7 @@ def cases() -> Iterator[Case]:
             {**floating, **vectors, "p_items": "*i64", "p_ends": "*i64", **integers, "norm_eps": "fp32"},
             {"QUERIES": True, **configuration},
             options,
+            hot=sizes.dim <= 128,
             tensor_core=half,
         )
         floating = dict.fromkeys(("p_gathered", "p_shared", "p_matrices", "p_pad_output", "p_last"), f"*{name}")
@@ -267,6 +268,7 @@ def cases() -> Iterator[Case]:
             },
             configuration,
             options,
+            hot=sizes.dim <= 128,
             tensor_core=half,
         )
         floating = dict.fromkeys(("p_gathered", "p_shared", "p_matrices", "p_next_matrices"), f"*{name}")
@@ -284,12 +286,13 @@ def cases() -> Iterator[Case]:
                 },
                 {"NEXT": after, "QUERIES": True, **configuration},
                 options,
+                hot=sizes.dim <= 128,
                 tensor_core=half,
             )
     for name, sizes in CASES:
         for only_last, block_q in ((False, 32), (True, 16)):
             configuration = attend_configuration(sizes, block_q)
-            options = {key: configuration.pop(key) for key in OPTIONS}
+            options = {key: configuration.pop(key) for key in OPTIONS if key in configuration}
             yield Case(
                 f"{name} D={sizes.dim} H={sizes.n_heads} attend{' last' if only_last else ''}",
                 attend_kernel,
@@ -300,6 +303,7 @@ def cases() -> Iterator[Case]:
                 },
                 {"ONLY_LAST": only_last, **configuration},
                 options,
+                hot=sizes.dim <= 128,
                 tensor_core=name != "fp32",
             )
     for name in ("fp32", "fp16", "bf16"):

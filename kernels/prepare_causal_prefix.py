@@ -195,6 +195,7 @@ def cases() -> Iterator[Case]:
                 },
                 {"NORMALIZE": queries, "QUERIES": queries, **configuration},
                 options,
+                hot=sizes.dim <= 128,
                 tensor_core=name != "fp32",
             )
     for name in ("fp32", "fp16", "bf16"):
