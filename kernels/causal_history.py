@@ -417,6 +417,7 @@ def row_configuration(sizes: BlockSizes, dtype: torch.dtype, n_rows: int) -> dic
         "BLOCK_K": 32 if half and sizes.block_d >= 32 else 16,
         "num_warps": 4 if sizes.block_d <= 64 else 8,
         "num_stages": 3,
+        "maxnreg": None if half else 255,  # else ptxas spills to make room for another program
     }
 
 
