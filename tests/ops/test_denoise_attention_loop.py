@@ -407,6 +407,15 @@ def test_a_row_is_bitwise_the_same_in_any_batch_and_with_any_number_of_threads(
 
 
 @built
+def test_room_beyond_the_last_slot_is_refused() -> None:
+    arguments = in_float32(problem(users=[(3, 1), (2, 4)]))
+    prefix = arguments["prefix"]
+    roomy = replace(prefix, keys_values=torch.cat([prefix.keys_values, prefix.keys_values], dim=2))
+    with pytest.raises(RuntimeError, match=r"keys_values must have shape \[2, 1, 5, 16\] \(got \[2, 1, 10, 16\]\)"):
+        run("cpu", arguments | {"prefix": roomy})
+
+
+@built
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout: str) -> None:
     denoise_attention_loop.bind("cpu", "cpu")
