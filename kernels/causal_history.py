@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastdiff.kernels.causal_transformer import (
     CASES,
+    DTYPES,
     LEAST,
     OPTIONS,
     BlockSizes,
@@ -363,7 +364,7 @@ class Histories:
             self.pad.shape[2],
             self.window,
             ONLY_LAST=only_last,
-            **attend_configuration(sizes, block_q),
+            **attend_configuration(sizes, block_q, self.keys_values.dtype),
         )
 
     def finish(self, layer: int, rows: Tensor | None = None, queries: bool = True) -> None:
@@ -394,14 +395,14 @@ class Histories:
         )
 
 
-def attend_configuration(sizes: BlockSizes, block_q: int) -> dict[str, Any]:
+def attend_configuration(sizes: BlockSizes, block_q: int, dtype: torch.dtype) -> dict[str, Any]:
     """What `attend_kernel` is compiled for."""
     constants = sizes.constants()
     return {
         **{name: constants[name] for name in ("D", "H", "DH", "BLOCK_H", "BLOCK_DH")},
         "BLOCK_Q": block_q,
-        "BLOCK_P": 32,
-        "num_warps": 4 if block_q * sizes.block_dh > 1024 else 2,
+        "BLOCK_P": 32 if dtype != torch.float32 else 16,
+        "num_warps": 2 if dtype != torch.float32 and block_q * sizes.block_dh <= 1024 else 4,
         "num_stages": 2,
     }
 
@@ -423,10 +424,9 @@ def row_configuration(sizes: BlockSizes, dtype: torch.dtype, n_rows: int) -> dic
 
 def row_cases() -> Iterator[tuple[str, BlockSizes, str, dict[str, Any], dict[str, Any]]]:
     """Of each of `CASES`: dtype, sizes, "few" or "many" rows, what a kernel on rows is compiled for, its options."""
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     for name, sizes in CASES:
         for rows, n_rows in (("few", 1), ("many", _MANY_ROWS)):
-            configuration = row_configuration(sizes, dtypes[name], n_rows)
-            if rows == "few" or configuration != row_configuration(sizes, dtypes[name], 1):
+            configuration = row_configuration(sizes, DTYPES[name], n_rows)
+            if rows == "few" or configuration != row_configuration(sizes, DTYPES[name], 1):
                 options = {key: configuration.pop(key) for key in OPTIONS if key in configuration}
                 yield name, sizes, rows, configuration, options

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 from fastdiff.kernels.causal_transformer import (
     CASES,
+    DTYPES,
     OPTIONS,
     BlockSizes,
     finish_block,
@@ -314,10 +315,9 @@ def _configuration(sizes: BlockSizes, dtype: torch.dtype) -> dict[str, Any]:
 
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
-    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     for name, sizes in CASES:
         for passes in (1, 2):
-            configuration = _configuration(sizes, dtypes[name])
+            configuration = _configuration(sizes, DTYPES[name])
             options = {key: configuration.pop(key) for key in OPTIONS}
             floating = ("x_t", "x_0", "cond", "time", "matrices", "keys_values", "pad", "log_pads", "noise", "scratch")
             yield Case(

@@ -20,7 +20,16 @@ from fastdiff.kernels.causal_history import (
     row_configuration,
     user_of,
 )
-from fastdiff.kernels.causal_transformer import CASES, LEAST, OPTIONS, finish_block, layer_norm, share, with_rows
+from fastdiff.kernels.causal_transformer import (
+    CASES,
+    DTYPES,
+    LEAST,
+    OPTIONS,
+    finish_block,
+    layer_norm,
+    share,
+    with_rows,
+)
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
@@ -291,7 +300,7 @@ def cases() -> Iterator[Case]:
             )
     for name, sizes in CASES:
         for only_last, block_q in ((False, 32), (True, 16)):
-            configuration = attend_configuration(sizes, block_q)
+            configuration = attend_configuration(sizes, block_q, DTYPES[name])
             options = {key: configuration.pop(key) for key in OPTIONS if key in configuration}
             yield Case(
                 f"{name} D={sizes.dim} H={sizes.n_heads} attend{' last' if only_last else ''}",
