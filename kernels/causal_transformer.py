@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.ops.causal_transformer import BlockWeights
-from fastdiff.ops.cpu.packing import packed
+from fastdiff.per_object import packed
 
 LEAST = 16  # of a matrix product's extents
 OPTIONS = ("num_warps", "num_stages", "maxnreg")

@@ -36,9 +36,9 @@ from fastdiff.kernels.runtime import device_int
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.noise import Noise
 from fastdiff.ops.causal_transformer import BlockWeights
-from fastdiff.ops.cpu.packing import packed
 from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.denoise_attention_loop import CausalPrefix
+from fastdiff.per_object import packed
 
 _ROWS = 16  # of a program: the least that a matrix unit takes
 

@@ -33,7 +33,7 @@ from fastdiff.kernels.causal_transformer import (
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
-from fastdiff.ops.cpu.packing import packed
+from fastdiff.per_object import packed
 
 
 @triton.jit(do_not_specialize=["n_users", "search_step"])
