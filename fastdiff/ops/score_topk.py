@@ -66,16 +66,16 @@ def score_topk_ref(
     The score is the float64 dot product summed in index order, rounded once to float32; a zero is +0. Subnormal floats
     count, so torch.set_flush_denormal(True) changes the scores of vectors that hold them.
     Raises InvalidArgument for wrong shapes, dtypes and devices, rows outside the table, and queries with NaN or inf.
+    The triton backend does not wait for a CUDA device to look at values: there, listed rows outside the table are
+    ignored, and a query with NaN or inf is answered with rows -1 and scores NaN.
     """
     check_topk(query, item_emb, k, allowed, user_exclude, user_candidates, scan)
-    for name, lists in (("user_exclude", user_exclude), ("user_candidates", user_candidates)):
-        if lists is not None:
-            _check_rows(name, lists, item_emb.shape[0])
+    check_rows(item_emb.shape[0], user_exclude, user_candidates)
     n_users, n_rows = query.shape[0], item_emb.shape[0]
     if n_users == 0 or n_rows == 0:
         return _nothing(n_users, k, query.device)
     if user_candidates is not None:
-        _check_finite(query)
+        check_finite(query)
         users, rows = _candidate_pairs(user_candidates, n_rows, allowed, user_exclude)
         return from_keys(best_of_pairs(users, rows, pair_scores(query, item_emb, users, rows), n_users, k))
     if scan is None:
@@ -92,7 +92,11 @@ def score_topk_ref(
     return rows, scores
 
 
-score_topk = Op("score_topk", score_topk_ref, {"cpu": "fastdiff.ops.cpu.score_topk:score_topk"})
+score_topk = Op(
+    "score_topk",
+    score_topk_ref,
+    {"cpu": "fastdiff.ops.cpu.score_topk:score_topk", "triton": "fastdiff.kernels.score_topk:score_topk"},
+)
 
 
 def merge_topk(rows: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +130,7 @@ def _topk_of_users(
     (n_users, dim), n_rows = query.shape, item_emb.shape[0]
     norm = float(torch.linalg.vector_norm(query, dim=1, dtype=torch.float64).max())
     if not norm * scan.looseness(dim) * max(scan.max_norm, 1.0) < LARGEST:  # also where it is NaN
-        _check_finite(query)
+        check_finite(query)
         return from_keys(_by_definition(query, item_emb, k, allowed, exclude, torch.arange(n_users).to(query.device)))
     denied = None if allowed is None else torch.where(allowed, 0.0, -torch.inf)
     if worth_at_once(n_users, n_rows, k, scan):
@@ -251,15 +255,18 @@ def _elsewhere(name: str, place: torch.device, device: torch.device) -> InvalidA
     return InvalidArgument(f"score_topk: {name} must be where the query is, on {device} (got {place}); move it")
 
 
-def _check_rows(name: str, lists: UserLists, n_rows: int) -> None:
-    if lists.values.numel():
-        low, high = (int(bound) for bound in torch.aminmax(lists.values))
-        if low < 0 or high >= n_rows:
-            wrong = low if low < 0 else high
-            raise InvalidArgument(f"score_topk: {name} must hold rows 0..{n_rows - 1} (got {wrong})")
+def check_rows(n_rows: int, user_exclude: UserLists | None, user_candidates: UserLists | None) -> None:
+    """Waits for the device."""
+    for name, lists in (("user_exclude", user_exclude), ("user_candidates", user_candidates)):
+        if lists is not None and lists.values.numel():
+            low, high = (int(bound) for bound in torch.aminmax(lists.values))
+            if low < 0 or high >= n_rows:
+                wrong = low if low < 0 else high
+                raise InvalidArgument(f"score_topk: {name} must hold rows 0..{n_rows - 1} (got {wrong})")
 
 
-def _check_finite(query: Tensor) -> None:
+def check_finite(query: Tensor) -> None:
+    """Waits for the device."""
     finite = query.isfinite().all(dim=1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])

@@ -1,0 +1,452 @@
+"""score_topk in Triton: scan, open, score by the definition, order; nothing waits for the device.
+
+    prepare   the queries in the form of the product, with the factors of their slack
+    scan      a strided sample of the table, one tile in 16 or so: the highest score of each group of rows, less its slack
+    raise     floor = the k-th best of these, a score that k rows surely reach: k different groups hold one each
+    scan      the whole table: only groups whose highest score, and its slack, reach the floor are kept
+    raise     the floor once more, from what is kept; the groups left are listed, hardly more than k
+    exact     rows of these groups by the definition; queries of whom too much was kept go through the whole table
+    order     keys to their places
+
+Seven launches, whose sizes depend on shapes alone, so a call can be captured in a CUDA graph. The scan reads the table
+twice where it is small and 1.06 times where it is large; a kept group costs 8 bytes, and 8 to 64 float32 rows when it
+is opened, so groups are small where there are many queries, and may be large where there are few. In place of a score
+per user and item there are about 16 k entries of 8 bytes per user.
+
+Where a scan is not worth it (few rows, k beyond an eighth of the groups or beyond 4,096), or only listed rows are
+wanted, `exact` and `order` alone give the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdiff.errors import InvalidArgument
+from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.runtime import INTERPRETED, next_power_of_2
+from fastdiff.kernels.score_topk_exact import NO_KEY, _exact_kernel, _order_kernel, _raise_kernel
+from fastdiff.kernels.score_topk_scan import FACTORS, NOT_FINITE, _prepare_kernel, _scan_kernel
+from fastdiff.ops.score_topk import check_finite, check_rows, check_topk
+from fastdiff.ops.topk_definition import from_keys
+from fastdiff.ops.topk_scan import CHUNK, STORED, ScanTable
+from fastdiff.ops.user_lists import UserLists
+from fastdiff.per_object import PerObject
+
+LARGEST_K = 4096
+"""Beyond it, and in tables of fewer rows than `FEWEST_ROWS`, every row is scored by the definition."""
+FEWEST_ROWS = 1024
+WIDEST = 1 << 16
+"""Wider vectors too: their bounds would be loose."""
+BUDGET = 256 << 20
+"""Bytes of the buffers of one slice of the queries."""
+USERS = 2048
+"""Queries of a slice at most."""
+SAMPLED = 16
+"""One tile in so many is sampled, at most."""
+ORDERED = 1 << 14
+"""Up to this k, keys are ordered by counting; beyond it by torch.sort."""
+
+_table_facts: PerObject[tuple[Tensor, Tensor]] = PerObject()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The configuration of the scan's kernel."""
+
+    items_first: bool
+    queries: int
+    rows: int
+    dims: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes that follow from shapes alone.
+
+    group      rows of which the scan keeps one number; 0: no scan
+    programs   that share the tiles of the table out, of each block of queries
+    visited, step, sample_slots   the tiles of the sample, how far apart, and room for all its groups, per program
+    slots      entries of the whole table that each program has room for
+    gathered, opened, sifted, keys   room per query for entries, groups, and (per part) rows and keys
+    parts      programs per query that score by the definition
+    users      queries at a time
+    """
+
+    group: int
+    blocks: Blocks
+    programs: int
+    tiles: int
+    visited: int
+    step: int
+    sample_slots: int
+    slots: int
+    gathered: int
+    opened: int
+    sifted: int
+    keys: int
+    parts: int
+    users: int
+
+
+def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, stored: int, processors: int) -> Plan:
+    """excluded: how many rows a user may not be given, on average; processors: of the device."""
+    rank = k + 2 * excluded
+    group = 64 if n_users < 64 else 16
+    while group >= 8 and 8 * rank * group > n_rows:
+        group //= 2
+    if group < 8 or k > LARGEST_K or n_rows < FEWEST_ROWS or dim > WIDEST:
+        group = 0
+    blocks = scan_blocks(n_users, dim, stored)
+    tiles = -(-n_rows // blocks.rows)
+    per_tile = max(1, blocks.rows // max(1, group))
+    visited = min(tiles, max(-(-tiles // SAMPLED), -(-4 * rank // per_tile)))
+    here = min(n_users, USERS)
+    programs = max(1, min(tiles, 4 * processors // -(-here // blocks.queries)))
+    expected = -(-2 * rank * tiles // visited)  # with twice the entries that a good sample lets pass
+    slots = min(-(-tiles // programs) * per_tile, expected // programs + 4 * int((expected / programs) ** 0.5) + 8)
+    parts = max(1, min(2 * processors // here, 32 if group else -(-n_rows // 2048)))
+    sizes = {
+        "sample_slots": -(-visited // programs) * per_tile,
+        "slots": slots,
+        "gathered": max(2 * expected, visited * per_tile),
+        "opened": 4 * rank + 256,
+        "sifted": 2 * rank + 512,
+        "keys": 2 * k + 512,
+    }
+    per_part = 8 * (sizes["keys"] + k) + 4 * sizes["sifted"]
+    entries = programs * max(sizes["slots"], sizes["sample_slots"])
+    per_user = 8 * (entries + sizes["gathered"]) + 4 * sizes["opened"] if group else 0
+    users = max(1, min(here, BUDGET // (per_user + parts * per_part)))
+    return Plan(group, blocks, programs, tiles, visited, -(-tiles // visited), parts=parts, users=users, **sizes)
+
+
+def scan_blocks(n_users: int, dim: int, stored: int) -> Blocks:
+    least = 32 if stored == STORED[torch.int8] else 16
+    dims = max(least, min(next_power_of_2(dim), 128))
+    if n_users < 64:
+        return Blocks(True, max(16, next_power_of_2(n_users)), 128, dims, num_warps=4, num_stages=3)
+    return Blocks(False, 128, 128, dims, num_warps=8, num_stages=3)
+
+
+def score_topk(
+    query: Tensor,
+    item_emb: Tensor,
+    k: int,
+    allowed: Tensor | None = None,
+    user_exclude: UserLists | None = None,
+    user_candidates: UserLists | None = None,
+    scan: ScanTable | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `fastdiff.ops.score_topk.score_topk_ref`: the same bits."""
+    check_topk(query, item_emb, k, allowed, user_exclude, user_candidates, scan)
+    (n_users, dim), n_rows, device = query.shape, item_emb.shape[0], query.device
+    if device.type == "cpu":  # interpreted; to look at values on a CUDA device would be to wait for it
+        check_rows(n_rows, user_exclude, user_candidates)
+        check_finite(query)
+    rows = torch.empty(n_users, k, dtype=torch.int64, device=device)
+    scores = torch.empty(n_users, k, device=device)
+    if n_users == 0 or n_rows == 0:
+        return rows.fill_(-1), scores.fill_(-torch.inf)
+    query = query.contiguous()
+    items = item_emb if item_emb.stride(1) == 1 or dim == 1 else item_emb.contiguous()
+    scan = ScanTable.build(item_emb) if scan is None else scan
+    excluded = 0 if user_exclude is None else -(-user_exclude.values.numel() // n_users)
+    sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, STORED[scan.dtype], _processors(device))
+    call = _Call(items, scan, allowed, user_exclude, user_candidates, n_users, sizes)
+    for lo in range(0, n_users, sizes.users):
+        part = slice(lo, min(lo + sizes.users, n_users))
+        call.answer(query[part], lo, rows[part], scores[part])
+    return rows, scores
+
+
+class _Call:
+    """What the slices of a call share."""
+
+    def __init__(
+        self,
+        items: Tensor,
+        scan: ScanTable,
+        allowed: Tensor | None,
+        exclude: UserLists | None,
+        candidates: UserLists | None,
+        n_users: int,
+        sizes: Plan,
+    ) -> None:
+        self.items, self.scan, self.plan, self.device = items, scan, sizes, items.device
+        self.scanned = bool(sizes.group) and candidates is None
+        self.sorted_exclude = exclude is not None and exclude.values.numel() > 512 * n_users
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.allowed = nothing if allowed is None else allowed.contiguous().view(torch.uint8)
+        self.exclude = self.exclude_offsets = self.candidates = self.candidate_offsets = nothing
+        if exclude is not None:
+            self.exclude = _sorted(exclude, items.shape[0]) if self.sorted_exclude else exclude.values.contiguous()
+            self.exclude_offsets = exclude.offsets.contiguous()
+        if candidates is not None:
+            self.candidates, self.candidate_offsets = (
+                _sorted(candidates, items.shape[0]),
+                candidates.offsets.contiguous(),
+            )
+        self.flags = {"HAS_ALLOWED": allowed is not None, "HAS_EXCLUDE": exclude is not None}
+        self.has_candidates = candidates is not None
+        self.stored = STORED[scan.dtype]
+        self.offsets, self.max_norm = _table_facts.get(scan, _facts_of)
+
+    def answer(self, query: Tensor, first: int, out_rows: Tensor, out_scores: Tensor) -> None:
+        """Of a slice of the queries, from number `first` on."""
+        (n, dim), (n_rows, _), sizes, k = query.shape, self.items.shape, self.plan, out_rows.shape[1]
+        kept, n_parts, dims = min(k, n_rows), self.plan.parts, -(-dim // 16) * 16
+        operand_dtype = torch.int8 if self.stored == STORED[torch.int8] else torch.bfloat16
+        if INTERPRETED and operand_dtype == torch.bfloat16:
+            operand_dtype = torch.float32  # of bfloat16 numbers: the interpreter cannot compute in bfloat16
+        operand = self._empty(n, dims, dtype=operand_dtype)
+        factors, floor = self._empty(n, FACTORS.value), self._empty(n)
+        state, n_found, n_open = (self._empty(n, dtype=torch.int32) for _ in range(3))
+        opened = self._empty(n, sizes.opened, dtype=torch.int32)
+        _prepare_kernel[(n,)](
+            query,
+            self.max_norm,
+            operand,
+            factors,
+            floor,
+            state,
+            n_found,
+            dim,
+            dims,
+            ALL_FORCED=not self.scanned,
+            STORED=self.stored,
+            BLOCK_D=min(next_power_of_2(dims), 1024),
+            num_warps=1,
+        )
+        exclude_offsets, candidate_offsets = self.exclude_offsets[first:], self.candidate_offsets[first:]
+        if self.scanned:
+            most = sizes.programs * max(sizes.slots, sizes.sample_slots)
+            entries = self._empty(n, most, dtype=torch.int64)
+            counts = self._empty(n, sizes.programs, dtype=torch.int32)
+            gathered = self._empty(n, sizes.gathered, dtype=torch.int64)
+            for last, visited, step, slots in (
+                (False, sizes.visited, sizes.step, sizes.sample_slots),
+                (True, sizes.tiles, 1, sizes.slots),
+            ):
+                self._scan(operand, factors, floor, entries, counts, dim, visited, step, slots)
+                _raise_kernel[(n,)](
+                    entries,
+                    counts,
+                    exclude_offsets,
+                    factors,
+                    self.scan.bounds,
+                    floor,
+                    state,
+                    gathered,
+                    opened,
+                    n_open,
+                    kept,
+                    sizes.programs,
+                    slots,
+                    sizes.gathered,
+                    sizes.opened,
+                    GROUP=sizes.group,
+                    LAST=last,
+                    CERTIFIED=self.scan.certified,
+                    HAS_EXCLUDE=self.flags["HAS_EXCLUDE"],
+                    BLOCK=512,
+                )
+        width = n_parts * kept
+        found = self._empty(n, width, dtype=torch.int64)
+        if k > ORDERED:
+            found.fill_(NO_KEY.value)
+        _exact_kernel[(n, n_parts)](
+            query,
+            self.items,
+            self.scan.bounds,
+            factors,
+            floor,
+            state,
+            opened,
+            n_open,
+            self.allowed,
+            self.exclude,
+            exclude_offsets,
+            self.candidates,
+            candidate_offsets,
+            self._empty(n, n_parts, sizes.sifted, dtype=torch.int32),
+            self._empty(n, n_parts, sizes.keys, dtype=torch.int64),
+            found,
+            n_found,
+            n_rows,
+            dim,
+            self.items.stride(0),
+            kept,
+            sizes.opened,
+            sizes.sifted,
+            sizes.keys,
+            width,
+            SCANNED=self.scanned,
+            GROUP=sizes.group or 64,
+            CERTIFIED=self.scan.certified,
+            EXCLUDE_SORTED=self.sorted_exclude,
+            HAS_CANDIDATES=self.has_candidates,
+            BLOCK_R=128,
+            BLOCK_S=64,
+            BLOCK_D=min(next_power_of_2(dim), 64),
+            BLOCK_K=256,
+            **self.flags,
+        )
+        if k > ORDERED:
+            best = found.sort(dim=1, descending=True).values[:, :kept]
+            rows, scores = from_keys(torch.nn.functional.pad(best, (0, k - kept), value=NO_KEY.value))
+            out_rows.copy_(rows)
+            out_scores.copy_(scores.masked_fill_((state == NOT_FINITE.value)[:, None], torch.nan))
+            return
+        block = 128
+        _order_kernel[(n, triton.cdiv(max(width, k), block))](
+            found, n_found, state, out_rows, out_scores, k, width, BLOCK=block, BLOCK_J=128
+        )
+
+    def _scan(
+        self,
+        operand: Tensor,
+        factors: Tensor,
+        floor: Tensor,
+        entries: Tensor,
+        counts: Tensor,
+        dim: int,
+        visited: int,
+        step: int,
+        slots: int,
+    ) -> None:
+        n, blocks = len(operand), self.plan.blocks
+        rows = self.scan.chunks[0] if self.stored else self.items
+        if INTERPRETED and self.stored == STORED[torch.bfloat16]:
+            rows = rows.view(torch.int16)
+        _scan_kernel[(triton.cdiv(n, blocks.queries), self.plan.programs)](
+            operand,
+            factors,
+            floor,
+            rows,
+            self.offsets,
+            self.scan.bounds,
+            self.allowed,
+            entries,
+            counts,
+            n,
+            self.scan.n_rows,
+            dim,
+            operand.shape[1],
+            rows.stride(0),
+            visited,
+            step,
+            slots,
+            STORED=self.stored,
+            WIDE=INTERPRETED,
+            CERTIFIED=self.scan.certified,
+            HAS_ALLOWED=self.flags["HAS_ALLOWED"],
+            ITEMS_FIRST=blocks.items_first,
+            CHUNK=CHUNK if len(self.scan.chunks) > 1 else 0,
+            GROUP=self.plan.group,
+            BLOCK_Q=blocks.queries,
+            BLOCK_N=blocks.rows,
+            BLOCK_D=blocks.dims,
+            ONE_STEP=dim <= blocks.dims,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+
+def _facts_of(scan: ScanTable) -> tuple[Tensor, Tensor]:
+    """(how many numbers behind the first each chunk begins [chunks] int64, the largest norm [1]), on the device."""
+    size, start = scan.chunks[0].element_size(), scan.chunks[0].data_ptr()
+    offsets = [(chunk.data_ptr() - start) // size for chunk in scan.chunks]
+    return torch.tensor(offsets, device=scan.device), scan.bounds[:, :1].amax(0)
+
+
+def _sorted(lists: UserLists, n_rows: int) -> Tensor:
+    """The values of each list in ascending order; those outside the table become -1 or n_rows."""
+    keys = (lists.users() << 32) + lists.values.clamp(-1, n_rows) + 1
+    return (keys.sort().values & 0xFFFFFFFF) - 1
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def cases() -> Iterator[Case]:
+    """What `python -m fastdiff.kernels.precompile` compiles."""
+    flags = {"HAS_ALLOWED": True, "HAS_EXCLUDE": True}
+    stored_as = {0: "*fp32", 1: "*bf16", 2: "*u8"}
+    for dim in (64, 128):
+        for n_users in (1, 32, 1024):
+            for dtype, stored in STORED.items():
+                sizes, blocks = plan(n_users, 1_000_000, dim, 100, 0, stored, 132), scan_blocks(n_users, dim, stored)
+                name = f"{str(dtype).removeprefix('torch.')} B={n_users} D={dim}"
+                operand = "*i8" if stored == STORED[torch.int8] else "*bf16"
+                for masked in (False, True):
+                    yield Case(
+                        f"scan {name}{' allowed' if masked else ''}",
+                        _scan_kernel,
+                        {
+                            "p_operand": operand,
+                            "p_rows": stored_as[stored],
+                            "p_chunks": "*i64",
+                            **dict.fromkeys(("p_factors", "p_floor", "p_bounds"), "*fp32"),
+                            "p_allowed": "*u8",
+                            "p_entries": "*i64",
+                            "p_counts": "*i32",
+                            **dict.fromkeys(("n_queries", "n_rows", "dim", "operand_dim"), "i32"),
+                            **dict.fromkeys(("row_stride", "n_visited", "step", "slots"), "i32"),
+                        },
+                        {
+                            "STORED": stored,
+                            "WIDE": False,
+                            "CERTIFIED": True,
+                            "HAS_ALLOWED": masked,
+                            "ITEMS_FIRST": blocks.items_first,
+                            "CHUNK": CHUNK if stored else 0,
+                            "GROUP": sizes.group,
+                            "BLOCK_Q": blocks.queries,
+                            "BLOCK_N": blocks.rows,
+                            "BLOCK_D": blocks.dims,
+                            "ONE_STEP": True,
+                        },
+                        {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
+                        tensor_core=True,
+                        divisible=(*("p_operand", "p_rows", "p_chunks", "p_entries"), *("dim", "operand_dim", "row_stride")),
+                    )
+        for scanned in (False, True):
+            yield Case(
+                f"exact D={dim}{' scanned' if scanned else ''}",
+                _exact_kernel,
+                {
+                    **dict.fromkeys(("p_query", "p_items", "p_bounds", "p_factors", "p_floor"), "*fp32"),
+                    **dict.fromkeys(("p_state", "p_open", "p_n_open", "p_sifted", "p_n_found"), "*i32"),
+                    "p_allowed": "*u8",
+                    **dict.fromkeys(("p_exclude", "p_exclude_offsets", "p_candidates"), "*i64"),
+                    **dict.fromkeys(("p_candidate_offsets", "p_keys", "p_found"), "*i64"),
+                    **dict.fromkeys(("n_rows", "dim", "item_stride", "k"), "i32"),
+                    **dict.fromkeys(("open_width", "sift_width", "key_width", "found_width"), "i32"),
+                },
+                {
+                    "SCANNED": scanned,
+                    "GROUP": 64,
+                    "CERTIFIED": True,
+                    **flags,
+                    "EXCLUDE_SORTED": False,
+                    "HAS_CANDIDATES": False,
+                    "BLOCK_R": 128,
+                    "BLOCK_S": 64,
+                    "BLOCK_D": 64,
+                    "BLOCK_K": 256,
+                },
+                divisible=("p_query", "p_items", "dim", "item_stride"),
+            )

@@ -1,0 +1,374 @@
+"""What follows the scan of score_topk in Triton: the groups that it keeps are opened, their rows scored by the
+definition, and the k best of a query put in order.
+
+One kernel scores by the definition, wherever the rows come from: the groups kept, all groups of the table (queries that
+the scan could not serve), or the rows listed for a user. It keeps keys above a floor in a buffer that is cut down to its
+k best when it is full, so it is exact for any data and its memory does not depend on them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdiff.kernels.score_topk_scan import FACTORS, FORCED, NOT_FINITE, from_ordered, ordered
+
+NO_KEY = tl.constexpr(-(2**63))
+_LOW_WORD = tl.constexpr(0xFFFFFFFF)
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _kth_highest(p_keys, n, rank, LAST_SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest number, a multiple of 2^LAST_SHIFT, that at least `rank` of n int64 reach; NO_KEY where n < rank.
+
+    Sixteen numbers are tried at a time, four bits further down each time."""
+    found = tl.full([], NO_KEY, tl.int64)
+    o_trial, o_block = tl.arange(0, 16).to(tl.int64), tl.arange(0, BLOCK)
+    for i in range(0, (64 - LAST_SHIFT) // 4):
+        b_trial = found + (o_trial << (60 - 4 * i))
+        b_count = tl.zeros([16], tl.int32)
+        for at in range(0, n, BLOCK):
+            o_key = at + o_block
+            b_key = tl.load(p_keys + o_key, mask=o_key < n, other=NO_KEY)
+            b_reach = (b_key[:, None] >= b_trial[None, :]) & (o_key < n)[:, None]
+            b_count += tl.sum(b_reach.to(tl.int32), 0)
+        found = tl.max(tl.where(b_count >= rank, b_trial, found), 0)
+    return found
+
+
+@triton.jit
+def _cut(p_keys, n, k, BLOCK: tl.constexpr):
+    """Leaves the k highest of n different keys, n >= k, in front; returns the lowest of them."""
+    tl.debug_barrier()  # what other threads have written is read
+    floor = _kth_highest(p_keys, n, k, 0, BLOCK)
+    left = 0
+    for at in range(0, n, BLOCK):
+        o_key = at + tl.arange(0, BLOCK)
+        b_key = tl.load(p_keys + o_key, mask=o_key < n, other=NO_KEY)
+        m_left = (o_key < n) & (b_key >= floor)
+        b_left = m_left.to(tl.int32)
+        tl.debug_barrier()
+        tl.store(p_keys + left + tl.cumsum(b_left, 0) - b_left, b_key, mask=m_left)
+        left += tl.sum(b_left, 0)
+        tl.debug_barrier()
+    return floor
+
+
+@triton.jit
+def _raise_kernel(
+    p_entries,
+    p_counts,
+    p_exclude_offsets,
+    p_factors,
+    p_bounds,
+    p_floor,
+    p_state,
+    p_gathered,
+    p_open,
+    p_n_open,
+    k,
+    n_programs,
+    slots,
+    gather_width,
+    open_width,
+    GROUP: tl.constexpr,
+    LAST: tl.constexpr,
+    CERTIFIED: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per query: its entries are gathered, and its floor raised to the k-th best of what they surely reach.
+
+    LAST  after the scan of the whole table: the groups that may reach the floor are listed in p_open. Where entries were
+          lost or are too many, the query is forced to the definition instead.
+    Rows that the user may not be given count among the k, so these are k + the number of them.
+    """
+    i_query = tl.program_id(0).to(tl.int64)
+    if tl.load(p_state + i_query) == 0:
+        rank = tl.to_tensor(k).to(tl.int64)
+        if HAS_EXCLUDE:
+            rank += tl.load(p_exclude_offsets + i_query + 1) - tl.load(p_exclude_offsets + i_query)
+        p_entries += i_query * n_programs * slots
+        p_counts += i_query * n_programs
+        p_gathered += i_query * gather_width
+        o_block = tl.arange(0, BLOCK)
+        n, lost = 0, 0
+        for at in range(0, n_programs * slots, BLOCK):
+            o_entry = at + o_block
+            b_here = tl.load(p_counts + o_entry // slots, mask=o_entry < n_programs * slots, other=0)
+            m_entry = o_entry % slots < b_here
+            b_entry = tl.load(p_entries + o_entry, mask=m_entry, other=0)
+            b_one = m_entry.to(tl.int32)
+            b_place = n + tl.cumsum(b_one, 0) - b_one
+            tl.store(p_gathered + b_place, b_entry, mask=m_entry & (b_place < gather_width))
+            n += tl.sum(b_one, 0)
+            lost += tl.sum((b_here > slots).to(tl.int32), 0)
+        tl.debug_barrier()
+        reached = tl.minimum(n, gather_width)
+        sure = _kth_highest(p_gathered, reached, rank, 32, BLOCK)
+        floor = tl.load(p_floor + i_query)
+        if sure != NO_KEY:
+            floor = tl.maximum(floor, from_ordered((sure >> 32).to(tl.int32)))
+            tl.store(p_floor + i_query, floor)
+        if LAST:
+            n_open = 0
+            for at in range(0, reached, BLOCK):
+                m_entry = at + o_block < reached
+                b_entry = tl.load(p_gathered + at + o_block, mask=m_entry, other=0)
+                b_group = b_entry & _LOW_WORD
+                b_high = from_ordered((b_entry >> 32).to(tl.int32))
+                if CERTIFIED:
+                    b_high += 2.0 * _slack(p_factors + i_query * FACTORS, p_bounds, b_group * GROUP, m_entry)
+                m_open = m_entry & (b_high >= floor)
+                b_one = m_open.to(tl.int32)
+                b_place = n_open + tl.cumsum(b_one, 0) - b_one
+                p_place = p_open + i_query * open_width + b_place
+                tl.store(p_place, b_group.to(tl.int32), mask=m_open & (b_place < open_width))
+                n_open += tl.sum(b_one, 0)
+            tl.store(p_n_open + i_query, n_open)
+            if (lost > 0) | (n > gather_width) | (n_open > open_width):
+                tl.store(p_state + i_query, FORCED)
+
+
+@triton.jit
+def _slack(p_factor, p_bounds, b_row, mask):
+    """By how much the scan may be wrong about a row."""
+    p_bound = p_bounds + b_row // 64 * 4
+    b_norm = tl.load(p_bound, mask=mask, other=0.0)
+    b_residual = tl.load(p_bound + 1, mask=mask, other=0.0)
+    return tl.load(p_factor) * b_residual + tl.load(p_factor + 1) * b_norm + tl.load(p_factor + 2)
+
+
+# --- rows by the definition -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _exact_scores(p_query, p_row, mask, dim):
+    """float32 of ((q_0 e_0 + q_1 e_1) + q_2 e_2) + ... in float64, of rows at the pointers p_row [R]; a zero is +0.
+
+    A product of two float32 is exact in float64, so it does not matter whether it is fused with the sum."""
+    b_sum = tl.zeros([p_row.shape[0]], tl.float64)
+    for d in range(0, dim, 4):
+        o_dim = d + tl.arange(0, 4)
+        m_item = mask[:, None] & (o_dim < dim)[None, :]
+        b_item = tl.load(p_row[:, None] + o_dim[None, :], mask=m_item, other=0.0).to(tl.float64)
+        b_even, b_odd = tl.split(tl.reshape(b_item, [p_row.shape[0], 2, 2]))
+        b_0, b_2 = tl.split(b_even)
+        b_1, b_3 = tl.split(b_odd)
+        b_sum += b_0 * tl.load(p_query + d).to(tl.float64)
+        b_sum += b_1 * tl.load(p_query + d + 1, mask=d + 1 < dim, other=0.0).to(tl.float64)
+        b_sum += b_2 * tl.load(p_query + d + 2, mask=d + 2 < dim, other=0.0).to(tl.float64)
+        b_sum += b_3 * tl.load(p_query + d + 3, mask=d + 3 < dim, other=0.0).to(tl.float64)
+    b_score = b_sum.to(tl.float32)
+    return tl.where(b_score == 0.0, 0.0, b_score)
+
+
+@triton.jit
+def _listed(p_values, first, last, b_row, mask, SORTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of the rows stand in values[first : last]."""
+    if SORTED:
+        b_low, b_high = tl.zeros_like(b_row) + first, tl.zeros_like(b_row) + last  # the first that is not below the row
+        length = last - first
+        while length > 0:
+            b_middle = (b_low + b_high) // 2
+            m_open = mask & (b_low < b_high)
+            b_below = tl.load(p_values + b_middle, mask=m_open, other=0) < b_row
+            b_low = tl.where(m_open & b_below, b_middle + 1, b_low)
+            b_high = tl.where(m_open & (b_below == 0), b_middle, b_high)
+            length = length // 2
+        b_found = tl.load(p_values + b_low, mask=mask & (b_low < last), other=-1) == b_row
+    else:
+        b_times = tl.zeros([b_row.shape[0]], tl.int32)
+        for at in range(first, last, BLOCK):
+            o_value = at + tl.arange(0, BLOCK)
+            b_value = tl.load(p_values + o_value, mask=o_value < last, other=-1)
+            b_times += tl.sum((b_row[:, None] == b_value[None, :]).to(tl.int32), 1)
+        b_found = b_times > 0
+    return b_found
+
+
+@triton.jit
+def _exact_kernel(
+    p_query,
+    p_items,
+    p_bounds,
+    p_factors,
+    p_floor,
+    p_state,
+    p_open,
+    p_n_open,
+    p_allowed,
+    p_exclude,
+    p_exclude_offsets,
+    p_candidates,
+    p_candidate_offsets,
+    p_sifted,
+    p_keys,
+    p_found,
+    p_n_found,
+    n_rows,
+    dim,
+    item_stride,
+    k,
+    open_width,
+    sift_width,
+    key_width,
+    found_width,
+    SCANNED: tl.constexpr,
+    GROUP: tl.constexpr,
+    CERTIFIED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    EXCLUDE_SORTED: tl.constexpr,
+    HAS_CANDIDATES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One part of the rows of one query that may be among its k best: their keys, at most k, are added to p_found.
+
+    A key is one int64 whose descending order is (score descending, row ascending), as `topk_definition.to_keys` makes
+    it. Of the groups of a scan, a float32 sum in any order, coalesced, first sifts the rows that can reach the floor
+    into p_sifted; where they do not fit there, all rows of the groups are scored.
+    """
+    i_query, i_part, n_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    state = tl.load(p_state + i_query)
+    p_query += i_query * dim
+    p_keys += (i_query * n_parts + i_part) * key_width
+    p_sifted += (i_query * n_parts + i_part) * sift_width
+    p_open += i_query * open_width
+    p_factor = p_factors + i_query * FACTORS
+    first_excluded, last_excluded = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    if HAS_EXCLUDE:
+        first_excluded = tl.load(p_exclude_offsets + i_query)
+        last_excluded = tl.load(p_exclude_offsets + i_query + 1)
+
+    # the units of this part are groups of rows, or listed rows
+    UNIT: tl.constexpr = 1 if HAS_CANDIDATES else GROUP
+    start = tl.full([], 0, tl.int64)
+    all_units = (tl.to_tensor(n_rows).to(tl.int64) + GROUP - 1) // GROUP
+    if HAS_CANDIDATES:
+        start = tl.load(p_candidate_offsets + i_query)
+        all_units = tl.load(p_candidate_offsets + i_query + 1) - start
+    floor = tl.full([], NO_KEY, tl.int64)
+    if SCANNED:
+        opened = state == 0
+        all_units = tl.where(opened, tl.load(p_n_open + i_query).to(tl.int64), all_units)
+        limit = tl.load(p_floor + i_query)  # infinity where the query was not scanned
+        if CERTIFIED:  # whatever scores below a score that k rows reach is not among the k best
+            floor = tl.where(limit < float("inf"), ordered(limit).to(tl.int64) << 32, floor)
+    per_part = (all_units + n_parts - 1) // n_parts
+    first_unit = tl.minimum(i_part * per_part, all_units)
+    n_units = tl.minimum(first_unit + per_part, all_units) - first_unit
+    if state == NOT_FINITE:
+        n_units = n_units * 0
+
+    n_left = n_units * UNIT
+    n_sifted = tl.full([], 0, tl.int64)
+    if SCANNED:
+        if opened:
+            by_norm, tiny = tl.load(p_factor + 3), tl.load(p_factor + 2)
+            for at in range(0, n_left, BLOCK_S):
+                o_left = at + tl.arange(0, BLOCK_S)
+                b_group = tl.load(p_open + first_unit + o_left // GROUP, mask=o_left < n_left, other=0).to(tl.int64)
+                b_row = b_group * GROUP + o_left % GROUP
+                m_row = (o_left < n_left) & (b_row < n_rows)
+                b_sum = tl.zeros([BLOCK_S], tl.float32)
+                for d in range(0, dim, BLOCK_D):
+                    o_dim = d + tl.arange(0, BLOCK_D)
+                    b_query = tl.load(p_query + o_dim, mask=o_dim < dim, other=0.0)
+                    m_item = m_row[:, None] & (o_dim < dim)[None, :]
+                    b_item = tl.load(p_items + b_row[:, None] * item_stride + o_dim[None, :], mask=m_item, other=0.0)
+                    b_sum += tl.sum(b_item * b_query[None, :], 1)
+                b_sum += by_norm * tl.load(p_bounds + b_row // 64 * 4, mask=m_row, other=0.0) + tiny
+                if not CERTIFIED:  # the floor is a score of the scan, which k rows reach but for its error
+                    b_sum += _slack(p_factor, p_bounds, b_row, m_row)
+                m_row = m_row & (b_sum >= limit)
+                if HAS_ALLOWED:
+                    m_row = m_row & (tl.load(p_allowed + b_row, mask=m_row, other=0) != 0)
+                b_one = m_row.to(tl.int64)
+                b_place = n_sifted + tl.cumsum(b_one, 0) - b_one
+                tl.store(p_sifted + b_place, b_row.to(tl.int32), mask=m_row & (b_place < sift_width))
+                n_sifted += tl.sum(b_one, 0)
+            if n_sifted <= sift_width:
+                n_left = n_sifted
+            tl.debug_barrier()
+
+    n = tl.full([], 0, tl.int64)
+    for at in range(0, n_left, BLOCK_R):
+        o_left = at + tl.arange(0, BLOCK_R)
+        m_row = o_left < n_left
+        b_unit = first_unit + o_left // UNIT
+        if HAS_CANDIDATES:
+            b_row = tl.load(p_candidates + start + b_unit, mask=m_row, other=-1)
+            b_last = tl.load(p_candidates + start + b_unit - 1, mask=m_row & (b_unit > 0), other=-1)
+            m_row = m_row & (b_row != b_last) & (b_row >= 0)  # a row that is listed twice counts once
+        else:
+            if SCANNED:
+                if opened:
+                    b_unit = tl.load(p_open + b_unit, mask=m_row & (n_sifted > sift_width), other=0).to(tl.int64)
+            b_row = b_unit * UNIT + o_left % UNIT
+            if SCANNED:
+                if opened & (n_sifted <= sift_width):
+                    b_row = tl.load(p_sifted + o_left, mask=m_row, other=0).to(tl.int64)
+        m_row = m_row & (b_row < n_rows)
+        if HAS_ALLOWED:
+            m_row = m_row & (tl.load(p_allowed + b_row, mask=m_row, other=0) != 0)
+        b_score = _exact_scores(p_query, p_items + b_row * item_stride, m_row, dim)
+        b_key = (ordered(b_score).to(tl.int64) << 32) | (b_row ^ _LOW_WORD)
+        m_kept = m_row & (b_key >= floor)
+        if HAS_EXCLUDE:
+            if tl.max(m_kept.to(tl.int32), 0) > 0:
+                b_excluded = _listed(p_exclude, first_excluded, last_excluded, b_row, m_kept, EXCLUDE_SORTED, 16)
+                m_kept = m_kept & (b_excluded == 0)
+        b_one = m_kept.to(tl.int64)
+        tl.store(p_keys + n + tl.cumsum(b_one, 0) - b_one, b_key, mask=m_kept)
+        n += tl.sum(b_one, 0)
+        if n > key_width - BLOCK_R:
+            floor = _cut(p_keys, n, k, BLOCK_K)
+            n = tl.to_tensor(k).to(tl.int64)
+
+    if n > k:
+        _cut(p_keys, n, k, BLOCK_K)
+        n = tl.to_tensor(k).to(tl.int64)
+    tl.debug_barrier()
+    if n > 0:
+        place = tl.atomic_add(p_n_found + i_query, n.to(tl.int32))
+        for at in range(0, n, BLOCK_K):
+            o_key = at + tl.arange(0, BLOCK_K)
+            b_key = tl.load(p_keys + o_key, mask=o_key < n, other=NO_KEY)
+            tl.store(p_found + i_query * found_width + place + o_key, b_key, mask=o_key < n)
+
+
+# --- the order --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _order_kernel(
+    p_found, p_n_found, p_state, p_out_rows, p_out_scores, k, found_width, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """Each key goes to the place that is the number of keys above it: no two are equal. Places beyond are filled."""
+    i_query = tl.program_id(0).to(tl.int64)
+    o_key = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.load(p_n_found + i_query)
+    p_found += i_query * found_width
+    p_out_rows += i_query * k
+    p_out_scores += i_query * k
+    fill = tl.where(tl.load(p_state + i_query) == NOT_FINITE, float("nan"), float("-inf"))
+    m_fill = (o_key >= n) & (o_key < k)
+    tl.store(p_out_rows + o_key, tl.full([BLOCK], -1, tl.int64), mask=m_fill)
+    tl.store(p_out_scores + o_key, tl.zeros([BLOCK], tl.float32) + fill, mask=m_fill)
+    if tl.program_id(1) * BLOCK < n:
+        b_key = tl.load(p_found + o_key, mask=o_key < n, other=NO_KEY)
+        b_place = tl.zeros([BLOCK], tl.int32)
+        for at in range(0, n, BLOCK_J):
+            o_other = at + tl.arange(0, BLOCK_J)
+            b_other = tl.load(p_found + o_other, mask=o_other < n, other=NO_KEY)
+            b_place += tl.sum((b_other[None, :] > b_key[:, None]).to(tl.int32), 1)
+        m_key = (o_key < n) & (b_place < k)
+        tl.store(p_out_rows + b_place, (b_key & _LOW_WORD) ^ _LOW_WORD, mask=m_key)
+        tl.store(p_out_scores + b_place, from_ordered((b_key >> 32).to(tl.int32)), mask=m_key)
