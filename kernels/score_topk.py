@@ -1,17 +1,17 @@
 """score_topk in Triton: scan, open, score by the definition, order; nothing waits for the device.
 
     prepare   the queries in the form of the product, with the factors of their slack
-    scan      a strided sample of the table, one tile in 16 or so: the highest score of each group of rows, less its slack
+    scan      a strided sample of the table, the highest score of each group of rows, less its slack
     raise     floor = the k-th best of these, a score that k rows surely reach: k different groups hold one each
     scan      the whole table: only groups whose highest score, and its slack, reach the floor are kept
     raise     the floor once more, from what is kept; the groups left are listed, hardly more than k
     exact     rows of these groups by the definition; queries of whom too much was kept go through the whole table
     order     keys to their places
 
-Seven launches, whose sizes depend on shapes alone, so a call can be captured in a CUDA graph. The scan reads the table
-twice where it is small and 1.06 times where it is large; a kept group costs 8 bytes, and 8 to 64 float32 rows when it
-is opened, so groups are small where there are many queries, and may be large where there are few. In place of a score
-per user and item there are about 16 k entries of 8 bytes per user.
+Seven launches, whose sizes depend on shapes alone, so a call can be captured in a CUDA graph. Of G groups,
+a sample of s lets about k G / s pass; with s = sqrt(k G) a million rows in groups of 16 are read 1.04 times for k = 100,
+and a user costs 2,500 entries of 8 bytes each time, in place of a million scores. A group that is opened costs its 8 to
+64 float32 rows, so groups are small where there are many queries, and may be large where there are few.
 
 Where a scan is not worth it (few rows, k beyond an eighth of the groups or beyond 4,096), or only listed rows are
 wanted, `exact` and `order` alone give the answer.
@@ -19,6 +19,7 @@ wanted, `exact` and `order` alone give the answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -47,8 +48,8 @@ BUDGET = 256 << 20
 """Bytes of the buffers of one slice of the queries."""
 USERS = 2048
 """Queries of a slice at most."""
-SAMPLED = 16
-"""One tile in so many is sampled, at most."""
+WIDER = 8 if INTERPRETED else 1
+"""Interpreted, an operation costs the same for few numbers and for many, so blocks are wider there."""
 ORDERED = 1 << 14
 """Up to this k, keys are ordered by counting; beyond it by torch.sort."""
 
@@ -107,7 +108,8 @@ def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, stored: int
     blocks = scan_blocks(n_users, dim, stored)
     tiles = -(-n_rows // blocks.rows)
     per_tile = max(1, blocks.rows // max(1, group))
-    visited = min(tiles, max(-(-tiles // SAMPLED), -(-4 * rank // per_tile)))
+    # a sample of s groups lets about rank * groups / s of all groups pass: the fewest entries where both are equal
+    visited = min(tiles, -(-max(4 * rank, math.isqrt(rank * tiles * per_tile)) // per_tile))
     here = min(n_users, USERS)
     programs = max(1, min(tiles, 4 * processors // -(-here // blocks.queries)))
     expected = -(-2 * rank * tiles // visited)  # with twice the entries that a good sample lets pass
@@ -119,9 +121,9 @@ def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, stored: int
         "gathered": max(2 * expected, visited * per_tile),
         "opened": 4 * rank + 256,
         "sifted": 2 * rank + 512,
-        "keys": 2 * k + 512,
+        "keys": 2 * k + 512 * WIDER,
     }
-    per_part = 8 * (sizes["keys"] + k) + 4 * sizes["sifted"]
+    per_part = 16 * sizes["keys"] + 4 * sizes["sifted"]
     entries = programs * max(sizes["slots"], sizes["sample_slots"])
     per_user = 8 * (entries + sizes["gathered"]) + 4 * sizes["opened"] if group else 0
     users = max(1, min(here, BUDGET // (per_user + parts * per_part)))
@@ -132,8 +134,8 @@ def scan_blocks(n_users: int, dim: int, stored: int) -> Blocks:
     least = 32 if stored == STORED[torch.int8] else 16
     dims = max(least, min(next_power_of_2(dim), 128))
     if n_users < 64:
-        return Blocks(True, max(16, next_power_of_2(n_users)), 128, dims, num_warps=4, num_stages=3)
-    return Blocks(False, 128, 128, dims, num_warps=8, num_stages=3)
+        return Blocks(True, max(16, next_power_of_2(n_users)), 128 * WIDER, dims, num_warps=8, num_stages=3)
+    return Blocks(False, 128, 64 * WIDER, dims, num_warps=8, num_stages=2)
 
 
 def score_topk(
@@ -256,9 +258,9 @@ class _Call:
                     LAST=last,
                     CERTIFIED=self.scan.certified,
                     HAS_EXCLUDE=self.flags["HAS_EXCLUDE"],
-                    BLOCK=512,
+                    BLOCK=512 * WIDER,
                 )
-        width = n_parts * kept
+        width = n_parts * sizes.keys
         found = self._empty(n, width, dtype=torch.int64)
         if k > ORDERED:
             found.fill_(NO_KEY.value)
@@ -293,10 +295,10 @@ class _Call:
             CERTIFIED=self.scan.certified,
             EXCLUDE_SORTED=self.sorted_exclude,
             HAS_CANDIDATES=self.has_candidates,
-            BLOCK_R=128,
-            BLOCK_S=64,
+            BLOCK_R=128 * WIDER,
+            BLOCK_S=64 * WIDER,
             BLOCK_D=min(next_power_of_2(dim), 64),
-            BLOCK_K=256,
+            BLOCK_K=256 * WIDER,
             **self.flags,
         )
         if k > ORDERED:
@@ -305,9 +307,9 @@ class _Call:
             out_rows.copy_(rows)
             out_scores.copy_(scores.masked_fill_((state == NOT_FINITE.value)[:, None], torch.nan))
             return
-        block = 128
+        block = 128 * WIDER
         _order_kernel[(n, triton.cdiv(max(width, k), block))](
-            found, n_found, state, out_rows, out_scores, k, width, BLOCK=block, BLOCK_J=128
+            found, n_found, state, out_rows, out_scores, k, width, BLOCK=block, BLOCK_J=block
         )
 
     def _scan(
@@ -378,7 +380,7 @@ def _sorted(lists: UserLists, n_rows: int) -> Tensor:
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def cases() -> Iterator[Case]:

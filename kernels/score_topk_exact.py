@@ -229,7 +229,7 @@ def _exact_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One part of the rows of one query that may be among its k best: their keys, at most k, are added to p_found.
+    """One part of the rows of one query that may be among its k best: their keys are added to p_found.
 
     A key is one int64 whose descending order is (score descending, row ascending), as `topk_definition.to_keys` makes
     it. Of the groups of a scan, a float32 sum in any order, coalesced, first sifts the rows that can reach the floor
@@ -332,9 +332,6 @@ def _exact_kernel(
             floor = _cut(p_keys, n, k, BLOCK_K)
             n = tl.to_tensor(k).to(tl.int64)
 
-    if n > k:
-        _cut(p_keys, n, k, BLOCK_K)
-        n = tl.to_tensor(k).to(tl.int64)
     tl.debug_barrier()
     if n > 0:
         place = tl.atomic_add(p_n_found + i_query, n.to(tl.int32))

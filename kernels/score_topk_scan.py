@@ -215,23 +215,23 @@ def _scan_kernel(
     p_entry = p_entries + (o_query * n_programs + i_program)[:, None] * slots
     b_count = tl.zeros([BLOCK_Q], tl.int32)
     for i in range(i_program, n_visited, n_programs):
-        first = tl.to_tensor(i).to(tl.int64) * step * BLOCK_N
+        first = tl.to_tensor(i).to(tl.int32) * step * BLOCK_N
         # rows beyond the last are the last once more, which changes no maximum
-        b_row = tl.minimum(first + o_row, n_rows - 1)
+        b_row = tl.minimum(o_row, n_rows - 1 - first)
         m_row = b_row >= 0
         if HAS_ALLOWED:
-            m_row = tl.load(p_allowed + b_row) != 0
-        p_chunk = p_rows
+            m_row = tl.load(p_allowed + first + b_row) != 0
+        p_tile = p_rows + first.to(tl.int64) * row_stride
         if CHUNK > 0:
-            p_chunk += tl.multiple_of(tl.load(p_chunks + first // CHUNK), 16)
-            b_row = b_row % CHUNK
+            p_tile = p_rows + tl.multiple_of(tl.load(p_chunks + first // CHUNK), 16)
+            p_tile += (first % CHUNK).to(tl.int64) * row_stride
         b_sums = tl.zeros([BLOCK_N, BLOCK_Q] if ITEMS_FIRST else [BLOCK_Q, BLOCK_N], SUM)
         if ONE_STEP:
-            b_rows = _rows(p_chunk, row_stride, b_row, m_row, o_dim, dim, STORED, WIDE)
+            b_rows = _rows(p_tile, row_stride, b_row, m_row, o_dim, dim, STORED, WIDE)
             b_sums = _product(b_query, b_rows, b_sums, ITEMS_FIRST)
         else:
             for d in range(0, dim, BLOCK_D):
-                b_rows = _rows(p_chunk, row_stride, b_row, m_row, d + o_dim, dim, STORED, WIDE)
+                b_rows = _rows(p_tile, row_stride, b_row, m_row, d + o_dim, dim, STORED, WIDE)
                 b_part = _operand(p_operand, o_query, n_queries, d + o_dim, operand_dim)
                 b_sums = _product(b_part, b_rows, b_sums, ITEMS_FIRST)
         if HAS_ALLOWED:
@@ -241,25 +241,24 @@ def _scan_kernel(
             b_best = tl.trans(tl.max(tl.reshape(b_sums, [N_GROUPS, GROUP, BLOCK_Q]), 1))
         else:
             b_best = tl.max(tl.reshape(b_sums, [BLOCK_Q, N_GROUPS, GROUP]), 2)
-        b_first = first + o_group * GROUP
-        m_group = (b_first < n_rows)[None, :]
-        p_bound = p_bounds + b_first // 64 * 4
+        m_group = (o_group * GROUP < n_rows - first)[None, :]
+        p_bound = p_bounds + (first // 64 + o_group * GROUP // 64) * 4
         b_high = b_best.to(tl.float32)
         if STORED == BYTES:
             if HAS_ALLOWED:
                 m_group = m_group & (b_best != -2147483648)
-            b_high *= b_scale * tl.load(p_bound + 2, mask=b_first < n_rows, other=1.0)[None, :]
+            b_high *= b_scale * tl.load(p_bound + 2, mask=o_group * GROUP < n_rows - first, other=1.0)[None, :]
         elif HAS_ALLOWED:
             m_group = m_group & (b_best > float("-inf"))
         b_low = b_high
         if CERTIFIED:
-            b_norm = tl.load(p_bound, mask=b_first < n_rows, other=0.0)[None, :]
-            b_residual = tl.load(p_bound + 1, mask=b_first < n_rows, other=0.0)[None, :]
+            b_norm = tl.load(p_bound, mask=o_group * GROUP < n_rows - first, other=0.0)[None, :]
+            b_residual = tl.load(p_bound + 1, mask=o_group * GROUP < n_rows - first, other=0.0)[None, :]
             b_slack = b_by_residual * b_residual + b_by_norm * b_norm + b_tiny
             b_low, b_high = b_high - b_slack, b_high + b_slack
         m_kept = m_group & (b_high >= b_floor) & m_query[:, None]
         b_kept = m_kept.to(tl.int32)
-        b_entry = (ordered(b_low).to(tl.int64) << 32) | (b_first // GROUP)[None, :]
+        b_entry = (ordered(b_low).to(tl.int64) << 32) | (first // GROUP + o_group)[None, :]
         b_slot = b_count[:, None]
         if N_GROUPS > 1:
             b_slot += tl.cumsum(b_kept, 1) - b_kept
