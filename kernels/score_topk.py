@@ -35,7 +35,8 @@ from fastdiff.kernels.score_topk_exact import NO_KEY, _exact_kernel, _order_kern
 from fastdiff.kernels.score_topk_scan import FACTORS, NOT_FINITE, _prepare_kernel, _scan_kernel
 from fastdiff.ops.score_topk import check_finite, check_rows, check_topk
 from fastdiff.ops.topk_definition import from_keys
-from fastdiff.ops.topk_scan import CHUNK, STORED, ScanTable
+from fastdiff.ops import topk_scan
+from fastdiff.ops.topk_scan import STORED, ScanTable
 from fastdiff.ops.user_lists import UserLists
 from fastdiff.per_object import PerObject
 
@@ -64,8 +65,9 @@ class Blocks:
     queries: int
     rows: int
     dims: int
-    num_warps: int
     num_stages: int
+    maxnreg: int  # what a thread needs on every chip; less is taken where less will do
+    num_warps: int = 8
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Plan:
     users: int
 
 
-def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, stored: int, processors: int) -> Plan:
+def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, processors: int) -> Plan:
     """excluded: how many rows a user may not be given, on average; processors: of the device."""
     rank = k + 2 * excluded
     group = 64 if n_users < 64 else 16
@@ -105,12 +107,14 @@ def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, stored: int
         group //= 2
     if group < 8 or k > LARGEST_K or n_rows < FEWEST_ROWS or dim > WIDEST:
         group = 0
-    blocks = scan_blocks(n_users, dim, stored)
+    blocks = scan_blocks(n_users, dim)
     tiles = -(-n_rows // blocks.rows)
     per_tile = max(1, blocks.rows // max(1, group))
     # a sample of s groups lets about rank * groups / s of all groups pass: the fewest entries where both are equal
     visited = min(tiles, -(-max(4 * rank, math.isqrt(rank * tiles * per_tile)) // per_tile))
     here = min(n_users, USERS)
+    step = tiles // visited
+    visited = -(-tiles // step)
     programs = max(1, min(tiles, 4 * processors // -(-here // blocks.queries)))
     expected = -(-2 * rank * tiles // visited)  # with twice the entries that a good sample lets pass
     slots = min(-(-tiles // programs) * per_tile, expected // programs + 4 * int((expected / programs) ** 0.5) + 8)
@@ -127,15 +131,14 @@ def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, stored: int
     entries = programs * max(sizes["slots"], sizes["sample_slots"])
     per_user = 8 * (entries + sizes["gathered"]) + 4 * sizes["opened"] if group else 0
     users = max(1, min(here, BUDGET // (per_user + parts * per_part)))
-    return Plan(group, blocks, programs, tiles, visited, -(-tiles // visited), parts=parts, users=users, **sizes)
+    return Plan(group, blocks, programs, tiles, visited, step, parts=parts, users=users, **sizes)
 
 
-def scan_blocks(n_users: int, dim: int, stored: int) -> Blocks:
-    least = 32 if stored == STORED[torch.int8] else 16
-    dims = max(least, min(next_power_of_2(dim), 128))
+def scan_blocks(n_users: int, dim: int) -> Blocks:
+    dims = max(32, min(next_power_of_2(dim), 128))  # 32: the depth of the matrix units' products of int8
     if n_users < 64:
-        return Blocks(True, max(16, next_power_of_2(n_users)), 128 * WIDER, dims, num_warps=8, num_stages=3)
-    return Blocks(False, 128, 64 * WIDER, dims, num_warps=8, num_stages=2)
+        return Blocks(True, max(16, next_power_of_2(n_users)), 128 * WIDER, dims, num_stages=3, maxnreg=255)
+    return Blocks(False, 128, 64 * WIDER, dims, num_stages=2, maxnreg=192)
 
 
 def score_topk(
@@ -161,7 +164,7 @@ def score_topk(
     items = item_emb if item_emb.stride(1) == 1 or dim == 1 else item_emb.contiguous()
     scan = ScanTable.build(item_emb) if scan is None else scan
     excluded = 0 if user_exclude is None else -(-user_exclude.values.numel() // n_users)
-    sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, STORED[scan.dtype], _processors(device))
+    sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, _processors(device))
     call = _Call(items, scan, allowed, user_exclude, user_candidates, n_users, sizes)
     for lo in range(0, n_users, sizes.users):
         part = slice(lo, min(lo + sizes.users, n_users))
@@ -351,7 +354,7 @@ class _Call:
             CERTIFIED=self.scan.certified,
             HAS_ALLOWED=self.flags["HAS_ALLOWED"],
             ITEMS_FIRST=blocks.items_first,
-            CHUNK=CHUNK if len(self.scan.chunks) > 1 else 0,
+            CHUNK=topk_scan.CHUNK if len(self.scan.chunks) > 1 else 0,
             GROUP=self.plan.group,
             BLOCK_Q=blocks.queries,
             BLOCK_N=blocks.rows,
@@ -359,6 +362,7 @@ class _Call:
             ONE_STEP=dim <= blocks.dims,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            maxnreg=blocks.maxnreg,
         )
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -388,43 +392,41 @@ def cases() -> Iterator[Case]:
     flags = {"HAS_ALLOWED": True, "HAS_EXCLUDE": True}
     stored_as = {0: "*fp32", 1: "*bf16", 2: "*u8"}
     for dim in (64, 128):
-        for n_users in (1, 32, 1024):
+        for n_users, n_rows in ((1, 1_000_000), (32, 1_000_000), (1024, 1_000_000), (32, 12_000), (1024, 12_000)):
             for dtype, stored in STORED.items():
-                sizes, blocks = plan(n_users, 1_000_000, dim, 100, 0, stored, 132), scan_blocks(n_users, dim, stored)
-                name = f"{str(dtype).removeprefix('torch.')} B={n_users} D={dim}"
-                operand = "*i8" if stored == STORED[torch.int8] else "*bf16"
-                for masked in (False, True):
-                    yield Case(
-                        f"scan {name}{' allowed' if masked else ''}",
-                        _scan_kernel,
-                        {
-                            "p_operand": operand,
-                            "p_rows": stored_as[stored],
-                            "p_chunks": "*i64",
-                            **dict.fromkeys(("p_factors", "p_floor", "p_bounds"), "*fp32"),
-                            "p_allowed": "*u8",
-                            "p_entries": "*i64",
-                            "p_counts": "*i32",
-                            **dict.fromkeys(("n_queries", "n_rows", "dim", "operand_dim"), "i32"),
-                            **dict.fromkeys(("row_stride", "n_visited", "step", "slots"), "i32"),
-                        },
-                        {
-                            "STORED": stored,
-                            "WIDE": False,
-                            "CERTIFIED": True,
-                            "HAS_ALLOWED": masked,
-                            "ITEMS_FIRST": blocks.items_first,
-                            "CHUNK": CHUNK if stored else 0,
-                            "GROUP": sizes.group,
-                            "BLOCK_Q": blocks.queries,
-                            "BLOCK_N": blocks.rows,
-                            "BLOCK_D": blocks.dims,
-                            "ONE_STEP": True,
-                        },
-                        {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages},
-                        tensor_core=True,
-                        divisible=(*("p_operand", "p_rows", "p_chunks", "p_entries"), *("dim", "operand_dim", "row_stride")),
-                    )
+                sizes, blocks = plan(n_users, n_rows, dim, 100, 0, 132), scan_blocks(n_users, dim)
+                name = f"{str(dtype).removeprefix('torch.')} B={n_users} N={n_rows} D={dim}"
+                yield Case(
+                    f"scan {name}",
+                    _scan_kernel,
+                    {
+                        "p_operand": "*i8" if stored == STORED[torch.int8] else "*bf16",
+                        "p_rows": stored_as[stored],
+                        "p_chunks": "*i64",
+                        **dict.fromkeys(("p_factors", "p_floor", "p_bounds"), "*fp32"),
+                        "p_allowed": "*u8",
+                        "p_entries": "*i64",
+                        "p_counts": "*i32",
+                        **dict.fromkeys(("n_queries", "n_rows", "dim", "operand_dim"), "i32"),
+                        **dict.fromkeys(("row_stride", "n_visited", "step", "slots"), "i32"),
+                    },
+                    {
+                        "STORED": stored,
+                        "WIDE": False,
+                        "CERTIFIED": True,
+                        "HAS_ALLOWED": n_users > 1,
+                        "ITEMS_FIRST": blocks.items_first,
+                        "CHUNK": topk_scan.CHUNK if stored and n_rows > topk_scan.CHUNK else 0,
+                        "GROUP": sizes.group,
+                        "BLOCK_Q": blocks.queries,
+                        "BLOCK_N": blocks.rows,
+                        "BLOCK_D": blocks.dims,
+                        "ONE_STEP": True,
+                    },
+                    {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "maxnreg": blocks.maxnreg},
+                    tensor_core=True,
+                    divisible=("p_operand", "p_rows", "p_chunks", "p_entries", "dim", "operand_dim", "row_stride"),
+                )
         for scanned in (False, True):
             yield Case(
                 f"exact D={dim}{' scanned' if scanned else ''}",
