@@ -1,9 +1,9 @@
 """What follows the scan of score_topk in Triton: the groups that it keeps are opened, their rows scored by the
 definition, and the k best of a query put in order.
 
-One kernel scores by the definition, wherever the rows come from: the groups kept, all groups of the table (queries that
-the scan could not serve), or the rows listed for a user. It keeps keys above a floor in a buffer that is cut down to its
-k best when it is full, so it is exact for any data and its memory does not depend on them.
+One kernel scores by the definition, wherever the rows come from: the groups kept, all groups of the table (for queries
+that the scan could not serve), or the rows listed for a user. It keeps keys above a floor in a buffer that is cut down
+to its k best when it is full, so it is exact for any data and its memory does not depend on them.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _raise_kernel(
 ):
     """One program per query: its entries are gathered, and its floor raised to the k-th best of what they surely reach.
 
-    LAST  after the scan of the whole table: the groups that may reach the floor are listed in p_open. Where entries were
-          lost or are too many, the query is forced to the definition instead.
+    LAST  after the scan of the whole table: the groups that may reach the floor are listed in p_open. Where entries
+          were lost or are too many, the query is forced to the definition instead.
     Rows that the user may not be given count among the k, so these are k + the number of them.
     """
     i_query = tl.program_id(0).to(tl.int64)
@@ -268,35 +268,36 @@ def _exact_kernel(
         n_units = n_units * 0
 
     n_left = n_units * UNIT
-    n_sifted = tl.full([], 0, tl.int64)
     if SCANNED:
-        if opened:
-            by_norm, tiny = tl.load(p_factor + 3), tl.load(p_factor + 2)
-            for at in range(0, n_left, BLOCK_S):
-                o_left = at + tl.arange(0, BLOCK_S)
-                b_group = tl.load(p_open + first_unit + o_left // GROUP, mask=o_left < n_left, other=0).to(tl.int64)
-                b_row = b_group * GROUP + o_left % GROUP
-                m_row = (o_left < n_left) & (b_row < n_rows)
-                b_sum = tl.zeros([BLOCK_S], tl.float32)
-                for d in range(0, dim, BLOCK_D):
-                    o_dim = d + tl.arange(0, BLOCK_D)
-                    b_query = tl.load(p_query + o_dim, mask=o_dim < dim, other=0.0)
-                    m_item = m_row[:, None] & (o_dim < dim)[None, :]
-                    b_item = tl.load(p_items + b_row[:, None] * item_stride + o_dim[None, :], mask=m_item, other=0.0)
-                    b_sum += tl.sum(b_item * b_query[None, :], 1)
-                b_sum += by_norm * tl.load(p_bounds + b_row // 64 * 4, mask=m_row, other=0.0) + tiny
-                if not CERTIFIED:  # the floor is a score of the scan, which k rows reach but for its error
-                    b_sum += _slack(p_factor, p_bounds, b_row, m_row)
-                m_row = m_row & (b_sum >= limit)
-                if HAS_ALLOWED:
-                    m_row = m_row & (tl.load(p_allowed + b_row, mask=m_row, other=0) != 0)
-                b_one = m_row.to(tl.int64)
-                b_place = n_sifted + tl.cumsum(b_one, 0) - b_one
-                tl.store(p_sifted + b_place, b_row.to(tl.int32), mask=m_row & (b_place < sift_width))
-                n_sifted += tl.sum(b_one, 0)
-            if n_sifted <= sift_width:
-                n_left = n_sifted
-            tl.debug_barrier()
+        to_sift = tl.where(opened, n_left, 0)
+        n_sifted = tl.full([], 0, tl.int64)
+        by_norm, tiny = tl.load(p_factor + 3), tl.load(p_factor + 2)
+        for at in range(0, to_sift, BLOCK_S):
+            o_left = at + tl.arange(0, BLOCK_S)
+            b_group = tl.load(p_open + first_unit + o_left // GROUP, mask=o_left < to_sift, other=0).to(tl.int64)
+            b_row = b_group * GROUP + o_left % GROUP
+            m_row = (o_left < to_sift) & (b_row < n_rows)
+            b_sum = tl.zeros([BLOCK_S], tl.float32)
+            for d in range(0, dim, BLOCK_D):
+                o_dim = d + tl.arange(0, BLOCK_D)
+                b_query = tl.load(p_query + o_dim, mask=o_dim < dim, other=0.0)
+                m_item = m_row[:, None] & (o_dim < dim)[None, :]
+                b_item = tl.load(p_items + b_row[:, None] * item_stride + o_dim[None, :], mask=m_item, other=0.0)
+                b_sum += tl.sum(b_item * b_query[None, :], 1)
+            b_sum += by_norm * tl.load(p_bounds + b_row // 64 * 4, mask=m_row, other=0.0) + tiny
+            if not CERTIFIED:  # the floor is a score of the scan, which k rows reach but for its error
+                b_sum += _slack(p_factor, p_bounds, b_row, m_row)
+            m_row = m_row & (b_sum >= limit)
+            if HAS_ALLOWED:
+                m_row = m_row & (tl.load(p_allowed + b_row, mask=m_row, other=0) != 0)
+            b_one = m_row.to(tl.int64)
+            b_place = n_sifted + tl.cumsum(b_one, 0) - b_one
+            tl.store(p_sifted + b_place, b_row.to(tl.int32), mask=m_row & (b_place < sift_width))
+            n_sifted += tl.sum(b_one, 0)
+        tl.debug_barrier()
+        all_sifted = opened & (n_sifted <= sift_width)
+        in_groups = opened & (n_sifted > sift_width)
+        n_left = tl.where(all_sifted, n_sifted, n_left)
 
     n = tl.full([], 0, tl.int64)
     for at in range(0, n_left, BLOCK_R):
@@ -308,13 +309,12 @@ def _exact_kernel(
             b_last = tl.load(p_candidates + start + b_unit - 1, mask=m_row & (b_unit > 0), other=-1)
             m_row = m_row & (b_row != b_last) & (b_row >= 0)  # a row that is listed twice counts once
         else:
-            if SCANNED:
-                if opened:
-                    b_unit = tl.load(p_open + b_unit, mask=m_row & (n_sifted > sift_width), other=0).to(tl.int64)
             b_row = b_unit * UNIT + o_left % UNIT
-            if SCANNED:
-                if opened & (n_sifted <= sift_width):
-                    b_row = tl.load(p_sifted + o_left, mask=m_row, other=0).to(tl.int64)
+        if SCANNED:
+            b_group = tl.load(p_open + b_unit, mask=m_row & in_groups, other=0).to(tl.int64)
+            b_row = tl.where(in_groups, b_group * UNIT + o_left % UNIT, b_row)
+            b_sifted = tl.load(p_sifted + o_left, mask=m_row & all_sifted, other=0).to(tl.int64)
+            b_row = tl.where(all_sifted, b_sifted, b_row)
         m_row = m_row & (b_row < n_rows)
         if HAS_ALLOWED:
             m_row = m_row & (tl.load(p_allowed + b_row, mask=m_row, other=0) != 0)
@@ -322,9 +322,8 @@ def _exact_kernel(
         b_key = (ordered(b_score).to(tl.int64) << 32) | (b_row ^ _LOW_WORD)
         m_kept = m_row & (b_key >= floor)
         if HAS_EXCLUDE:
-            if tl.max(m_kept.to(tl.int32), 0) > 0:
-                b_excluded = _listed(p_exclude, first_excluded, last_excluded, b_row, m_kept, EXCLUDE_SORTED, 16)
-                m_kept = m_kept & (b_excluded == 0)
+            last = tl.where(tl.max(m_kept.to(tl.int32), 0) > 0, last_excluded, first_excluded)
+            m_kept = m_kept & (_listed(p_exclude, first_excluded, last, b_row, m_kept, EXCLUDE_SORTED, 16) == 0)
         b_one = m_kept.to(tl.int64)
         tl.store(p_keys + n + tl.cumsum(b_one, 0) - b_one, b_key, mask=m_kept)
         n += tl.sum(b_one, 0)

@@ -656,7 +656,13 @@ def test_triton_too_little_room_anywhere(scan_dtype: torch.dtype, monkeypatch: p
     query, item_emb = gaussian(3, 5003, 12)
     item_emb[3000:3100] = item_emb[:100]
     scan, truth, real = scan_of(item_emb.to(TRITON_DEVICE), scan_dtype), definition(query, item_emb, 9), kernels.plan
-    for small in ({"slots": 1}, {"gathered": 12}, {"opened": 3}, {"sifted": 2}, {"keys": 9 + 128 * kernels.WIDER}):
+    for small in (
+        {"slots": 1},
+        {"gathered": 12},
+        {"opened": 3},
+        {"sifted": 2},
+        {"keys": 9 + 128 * kernels.score_topk_plan.WIDER},
+    ):
         monkeypatch.setattr(kernels, "plan", lambda *sizes, small=small: replace(real(*sizes), **small))
         assert_same(triton_topk(query, item_emb, 9, scan=scan), truth)
 
@@ -664,14 +670,14 @@ def test_triton_too_little_room_anywhere(scan_dtype: torch.dtype, monkeypatch: p
 @needs_triton
 def test_triton_queries_in_slices_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks as on a GPU, queries a few at a time, lists along; more queries than one block holds."""
-    kernels = pytest.importorskip("fastdiff.kernels.score_topk")
+    plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
     query, item_emb = gaussian(5, 3001, 12)
     exclude = random_lists(5, 3001, 40)
     truth = definition(query, item_emb, 9, None, exclude)
     lists = UserLists.from_lists(exclude).to(TRITON_DEVICE)
-    monkeypatch.setattr(kernels, "USERS", 2)
+    monkeypatch.setattr(plans, "USERS", 2)
     assert_same(triton_topk(query, item_emb, 9, None, lists), truth)
-    monkeypatch.setattr(kernels, "WIDER", 1)
+    monkeypatch.setattr(plans, "WIDER", 1)
     assert_same(triton_topk(query, item_emb, 9, None, lists), truth)
     monkeypatch.undo()
     scan = scan_of(item_emb.to(TRITON_DEVICE), torch.int8)
@@ -683,7 +689,7 @@ def test_triton_queries_in_slices_and_blocks(monkeypatch: pytest.MonkeyPatch) ->
 def test_triton_many_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """k beyond the fast path, beyond the order by counting, and beyond the table."""
     kernels = pytest.importorskip("fastdiff.kernels.score_topk")
-    monkeypatch.setattr(kernels, "LARGEST_K", 4)
+    monkeypatch.setattr(kernels.score_topk_plan, "LARGEST_K", 4)
     monkeypatch.setattr(kernels, "ORDERED", 1000)
     query, item_emb = duplicated_rows(2, 4001, 6)
     for k in (5, 1500, 4004):
@@ -738,11 +744,11 @@ def test_triton_does_not_look_at_values_on_a_gpu(monkeypatch: pytest.MonkeyPatch
 
 
 def test_triton_plans_are_bounded() -> None:
-    kernels = pytest.importorskip("fastdiff.kernels.score_topk")
+    plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
     for n_users in (1, 33, 64, 1000, 8192):
         for n_rows in (1, 1000, 12_101, 10**6, 2**31 - 1):
             for k in (1, 100, 4096, 100_000):
-                sizes = kernels.plan(n_users, n_rows, 64, min(k, n_rows), 50, 132)
+                sizes = plans.plan(n_users, n_rows, 64, min(k, n_rows), 50, 132)
                 assert sizes.users >= 1
                 assert sizes.keys >= min(k, n_rows) + 128
                 if sizes.group:
@@ -750,7 +756,7 @@ def test_triton_plans_are_bounded() -> None:
                     assert sizes.blocks.rows % 64 == 0
                     assert (sizes.visited - 1) * sizes.step < sizes.tiles
                     per_user = 8 * (sizes.programs * max(sizes.slots, sizes.sample_slots) + sizes.gathered)
-                    assert sizes.users == 1 or sizes.users * per_user <= kernels.BUDGET
+                    assert sizes.users == 1 or sizes.users * per_user <= plans.BUDGET
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
