@@ -66,7 +66,7 @@ def score_topk(
         return rows.fill_(-1), scores.fill_(-torch.inf)
     query = query.contiguous()
     items = item_emb if item_emb.stride(1) == 1 or dim == 1 else item_emb.contiguous()
-    scan = ScanTable.build(item_emb) if scan is None else scan
+    scan = ScanTable.build(item_emb) if scan is None else scan.to_scan(item_emb)
     excluded = 0 if user_exclude is None else -(-user_exclude.values.numel() // n_users)
     sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, _processors(device))
     call = _Call(items, scan, allowed, user_exclude, user_candidates, n_users, sizes)
@@ -331,9 +331,16 @@ def cases() -> Iterator[Case]:
                     tensor_core=True,
                     divisible=("p_operand", "p_rows", "p_chunks", "p_entries", "dim", "operand_dim", "row_stride"),
                 )
-        for scanned in (False, True):
+        for scanned, group, candidates, sorted_lists in (
+            (False, 64, False, False),
+            (False, 64, True, True),
+            (True, 64, False, False),
+            (True, 16, False, True),
+            (True, 8, False, False),
+        ):
+            listed = " listed" if candidates else " scanned" if scanned else ""
             yield Case(
-                f"exact D={dim}{' scanned' if scanned else ''}",
+                f"exact D={dim}{listed} G={group}{' sorted' if sorted_lists else ''}",
                 _exact_kernel,
                 {
                     **dict.fromkeys(("p_query", "p_items", "p_bounds", "p_factors", "p_floor"), "*fp32"),
@@ -346,11 +353,11 @@ def cases() -> Iterator[Case]:
                 },
                 {
                     "SCANNED": scanned,
-                    "GROUP": 64,
-                    "CERTIFIED": True,
+                    "GROUP": group,
+                    "CERTIFIED": group != 8,
                     **flags,
-                    "EXCLUDE_SORTED": False,
-                    "HAS_CANDIDATES": False,
+                    "EXCLUDE_SORTED": sorted_lists,
+                    "HAS_CANDIDATES": candidates,
                     "BLOCK_R": 128,
                     "BLOCK_S": 64,
                     "BLOCK_D": 64,
@@ -358,3 +365,39 @@ def cases() -> Iterator[Case]:
                 },
                 divisible=("p_query", "p_items", "dim", "item_stride"),
             )
+    for dtype, stored in STORED.items():
+        yield Case(
+            f"prepare {str(dtype).removeprefix('torch.')} D=128",
+            _prepare_kernel,
+            {
+                **dict.fromkeys(("p_query", "p_max_norm", "p_factors", "p_floor"), "*fp32"),
+                "p_operand": "*i8" if stored == STORED[torch.int8] else "*bf16",
+                **dict.fromkeys(("p_state", "p_n_found"), "*i32"),
+                **dict.fromkeys(("dim", "operand_dim"), "i32"),
+            },
+            {"ALL_FORCED": False, "STORED": stored, "BLOCK_D": 128},
+            {"num_warps": 1},
+        )
+    for last in (False, True):
+        yield Case(
+            f"raise{' last' if last else ''}",
+            _raise_kernel,
+            {
+                **dict.fromkeys(("p_entries", "p_exclude_offsets", "p_gathered"), "*i64"),
+                **dict.fromkeys(("p_counts", "p_state", "p_open", "p_n_open"), "*i32"),
+                **dict.fromkeys(("p_factors", "p_bounds", "p_floor"), "*fp32"),
+                **dict.fromkeys(("k", "n_programs", "slots", "gather_width", "open_width"), "i32"),
+            },
+            {"GROUP": 64, "LAST": last, "CERTIFIED": True, "HAS_EXCLUDE": True, "BLOCK": 512},
+        )
+    yield Case(
+        "order",
+        _order_kernel,
+        {
+            **dict.fromkeys(("p_found", "p_out_rows"), "*i64"),
+            **dict.fromkeys(("p_n_found", "p_state"), "*i32"),
+            "p_out_scores": "*fp32",
+            **dict.fromkeys(("k", "found_width"), "i32"),
+        },
+        {"BLOCK": 128, "BLOCK_J": 128},
+    )

@@ -67,7 +67,7 @@ class ScanTable:
     n_rows, dim
     certified  False: the scan keeps the k best by its own scores, which the definition then scores and orders: a row
                may be missed where the scan's error (2^-9 of bfloat16, about 2^-7 of int8) swaps it with the k-th
-    automatic  made without a dtype: backends may scan a copy of their own choice (see `for_cpu`)
+    automatic  made without a dtype: backends may scan a copy of their own choice (see `to_scan`)
     """
 
     dtype: torch.dtype
@@ -82,8 +82,8 @@ class ScanTable:
     def build(cls, item_emb: Tensor, dtype: torch.dtype | None = torch.float32, *, certified: bool = True) -> ScanTable:
         """From the float32 item table [N, D]. The dtype changes the speed of the scan, never its (certified) answer.
 
-        None is float32 with leave for a backend to choose: the C++ engine makes an int8 copy when it first scans, a
-        quarter of the table's memory, because that is the fastest for every batch size.
+        None is float32 with leave for a backend to choose: the C++ engine and the Triton kernels make an int8 copy when
+        they first scan, a quarter of the table's memory: it has the fewest bytes and the fastest products.
         """
         if dtype is None:
             return replace(cls.build(item_emb, certified=certified), automatic=True)
@@ -155,8 +155,8 @@ class ScanTable:
         cut = replace(self, chunks=chunks, bounds=self.bounds[: -(-n // BLOCK)], n_rows=n, automatic=automatic)
         return cut._copied_from(self, lambda copy: copy[part])
 
-    def for_cpu(self, item_emb: Tensor) -> ScanTable:
-        """What the C++ engine scans: this table, or an int8 copy that is made once where the dtype was left open."""
+    def to_scan(self, item_emb: Tensor) -> ScanTable:
+        """What fast backends scan: this table, or an int8 copy that is made once where the dtype was left open."""
         if not self.automatic:
             return self
         made: ScanTable | None = self.__dict__.get("_int8")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.ops import score_topk as module
@@ -555,7 +557,7 @@ def test_the_copy_of_a_table_without_a_dtype_grows_and_changes_with_it() -> None
     scan = ScanTable.build(table[:500], None)
     assert scan.choice is None
     assert scan[:70].choice is torch.float32
-    scan.for_cpu(table[:500])
+    scan.to_scan(table[:500])
     changed = table.clone()
     changed[[3, 400, 650]] *= 2.0
     grown = scan.append(table)
@@ -563,10 +565,10 @@ def test_the_copy_of_a_table_without_a_dtype_grows_and_changes_with_it() -> None
     for of, made in ((table[:500], scan), (table, grown), (changed, replaced), (changed[:150], replaced[:150])):
         assert made.choice is None
         assert "_int8" in made.__dict__
-        copy, fresh = made.for_cpu(of), ScanTable.build(of, torch.int8)
+        copy, fresh = made.to_scan(of), ScanTable.build(of, torch.int8)
         assert torch.equal(torch.cat(copy.chunks)[: len(of)], torch.cat(fresh.chunks))
         assert torch.equal(copy.bounds[: len(of) // 64], fresh.bounds[: len(of) // 64])
-    assert replaced.replace(torch.tensor([], dtype=torch.int64), changed).for_cpu(changed) is replaced.for_cpu(changed)
+    assert replaced.replace(torch.tensor([], dtype=torch.int64), changed).to_scan(changed) is replaced.to_scan(changed)
 
 
 @pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
@@ -741,6 +743,38 @@ def test_triton_does_not_look_at_values_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     rows, _ = triton_topk(torch.ones(3, 12), item_emb, 5, None, None, lists)
     assert [sorted(row) for row in rows.tolist()] == [[-1, -1, -1, 7, 9]] * 3
     triton_topk(torch.ones(3, 12), item_emb, 5, None, lists)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for a device to tell a number."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__
+        waits = name.startswith(("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"))
+        assert not waits, name
+        if name.startswith(("index.", "index_put")):
+            assert not any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]), name
+        return function(*args, **(kwargs or {}))
+
+
+@needs_triton
+@pytest.mark.parametrize("k", [5, 300])
+def test_triton_waits_for_nothing(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("fastdiff.kernels.score_topk")
+    for name in ("check_rows", "check_finite"):
+        monkeypatch.setattr(kernels, name, lambda *_: None)
+    monkeypatch.setattr(kernels, "ORDERED", 200)
+    query, item_emb = (tensor.to(TRITON_DEVICE) for tensor in gaussian(2, 2001, 8))
+    allowed = torch.rand(2001, device=TRITON_DEVICE) < 0.9
+    long, short = (UserLists.from_lists([range(n), [3, 5]]).to(TRITON_DEVICE) for n in (1900, 9))
+    scan = ScanTable.build(item_emb, None)
+    op = score_topk.bind("triton", TRITON_DEVICE)
+    for lists in ((None, None), (short, None), (long, None), (short, long)):
+        given_lists = (allowed, *lists)
+        truth = op(query, item_emb, k, *given_lists, scan)
+        with NoWaiting():
+            again = op(query, item_emb, k, *given_lists, scan)
+        assert_same(again, truth)
 
 
 def test_triton_plans_are_bounded() -> None:

@@ -30,7 +30,7 @@ def score_topk(
 ) -> tuple[Tensor, Tensor]:
     """See `fastdiff.ops.score_topk.score_topk_ref`: the same bits."""
     check_topk(query, item_emb, k, allowed, user_exclude, user_candidates, scan)
-    scan = ScanTable.build(item_emb) if scan is None else scan.for_cpu(item_emb)
+    scan = ScanTable.build(item_emb) if scan is None else scan.to_scan(item_emb)
     try:
         found: tuple[Tensor, Tensor] = _op()(
             query,
