@@ -42,6 +42,9 @@ from fastdiff.per_object import PerObject
 ORDERED = 1 << 14
 """Up to this k, keys are ordered by counting; beyond it by torch.sort."""
 
+_REGISTERS = 168
+"""That a thread of the exact kernel may have, three blocks of four warps to a processor: without a bound, it spills."""
+
 _table_facts: PerObject[tuple[Tensor, Tensor]] = PerObject()
 
 
@@ -165,7 +168,7 @@ class _Call:
                     LAST=last,
                     CERTIFIED=self.scan.certified,
                     HAS_EXCLUDE=self.flags["HAS_EXCLUDE"],
-                    BLOCK=512 * score_topk_plan.WIDER,
+                    BLOCK=256 * score_topk_plan.WIDER,
                 )
         width = n_parts * sizes.keys
         found = self._empty(n, width, dtype=torch.int64)
@@ -206,6 +209,7 @@ class _Call:
             BLOCK_S=64 * score_topk_plan.WIDER,
             BLOCK_D=min(next_power_of_2(dim), 64),
             BLOCK_K=256 * score_topk_plan.WIDER,
+            maxnreg=_REGISTERS,
             **self.flags,
         )
         if k > ORDERED:
@@ -216,7 +220,7 @@ class _Call:
             return
         block = 128 * score_topk_plan.WIDER
         _order_kernel[(n, triton.cdiv(max(width, k), block))](
-            found, n_found, state, out_rows, out_scores, k, width, BLOCK=block, BLOCK_J=block
+            found, n_found, state, out_rows, out_scores, k, width, BLOCK=block, BLOCK_J=32 * score_topk_plan.WIDER
         )
 
     def _scan(
@@ -363,6 +367,7 @@ def cases() -> Iterator[Case]:
                     "BLOCK_D": 64,
                     "BLOCK_K": 256,
                 },
+                {"maxnreg": _REGISTERS},
                 divisible=("p_query", "p_items", "dim", "item_stride"),
             )
     for dtype, stored in STORED.items():
@@ -388,7 +393,7 @@ def cases() -> Iterator[Case]:
                 **dict.fromkeys(("p_factors", "p_bounds", "p_floor"), "*fp32"),
                 **dict.fromkeys(("k", "n_programs", "slots", "gather_width", "open_width"), "i32"),
             },
-            {"GROUP": 64, "LAST": last, "CERTIFIED": True, "HAS_EXCLUDE": True, "BLOCK": 512},
+            {"GROUP": 64, "LAST": last, "CERTIFIED": True, "HAS_EXCLUDE": True, "BLOCK": 256},
         )
     yield Case(
         "order",
@@ -399,5 +404,5 @@ def cases() -> Iterator[Case]:
             "p_out_scores": "*fp32",
             **dict.fromkeys(("k", "found_width"), "i32"),
         },
-        {"BLOCK": 128, "BLOCK_J": 128},
+        {"BLOCK": 128, "BLOCK_J": 32},
     )
