@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.normals import normal_rows
+from fastdiff.kernels.packing import coef_on
 from fastdiff.kernels.padded_transformer import (
     Finish,
     after_attention,
@@ -37,9 +38,9 @@ from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.kernels.tuning import bucket, choose
 from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.ops.causal_transformer import merge_heads, split_heads
-from fastdiff.ops.cpu.packing import packed
-from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.decode_context import ContextDecoder, first_step
+from fastdiff.ops.step_noise import step_noise
+from fastdiff.per_object import packed
 
 _NONE, _GIVEN, _PHILOX = 0, 1, 2  # where draws come from
 _NUMBERS = 2048  # that a program of `update` keeps
@@ -315,7 +316,7 @@ def decode_context(
         rows = _rows_at_once(block_d)
         _update_kernel[(triton.cdiv(n_rows, rows),)](
             y,
-            _coef_on(coef, device)[first:],
+            coef_on(coef, device)[first:],
             start,
             given,
             *random,
@@ -351,18 +352,6 @@ def _last_dense(x: Tensor) -> Tensor:
 
 def _rows_at_once(block_d: int) -> int:
     return max(1, _NUMBERS // block_d)
-
-
-def _coef_on(coef: Tensor, device: torch.device) -> Tensor:
-    """coef [S, 3] in float32 on `device`, copied there once."""
-    tables = packed(coef, _no_tables)
-    if device not in tables:
-        tables[device] = coef.to(torch.float32).to(device)
-    return tables[device]
-
-
-def _no_tables(coef: Tensor) -> dict[torch.device, Tensor]:
-    return {}
 
 
 def cases() -> Iterator[Case]:

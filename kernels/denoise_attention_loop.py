@@ -31,14 +31,14 @@ from fastdiff.kernels.causal_transformer import (
     with_rows,
 )
 from fastdiff.kernels.normals import normal_rows
+from fastdiff.kernels.packing import coef_on
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import device_int
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.noise import Noise
 from fastdiff.ops.causal_transformer import BlockWeights
-from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.denoise_attention_loop import CausalPrefix
-from fastdiff.per_object import packed
+from fastdiff.ops.step_noise import step_noise
 
 _ROWS = 16  # of a program: the least that a matrix unit takes
 
@@ -250,7 +250,7 @@ def denoise_attention_loop(
         x_0,
         prefix.cond.contiguous(),
         time.contiguous(),
-        _coef_on(coef, device),
+        coef_on(coef, device),
         stack.matrices,
         stack.vectors,
         prefix.keys_values.contiguous(),
@@ -282,18 +282,6 @@ def denoise_attention_loop(
         **_configuration(stack.sizes, x_t.dtype),
     )
     return x_0
-
-
-def _coef_on(coef: Tensor, device: torch.device) -> Tensor:
-    """coef [S, 3] in float32 on `device`, copied there once."""
-    tables = packed(coef, _no_tables)
-    if device not in tables:
-        tables[device] = coef.to(torch.float32).to(device)
-    return tables[device]
-
-
-def _no_tables(coef: Tensor) -> dict[torch.device, Tensor]:
-    return {}
 
 
 def _configuration(sizes: BlockSizes, dtype: torch.dtype) -> dict[str, Any]:

@@ -38,8 +38,8 @@ from fastdiff.kernels.rows import activate, layer_norm_rows, linear_rows, rows_d
 from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together, shared_memory
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.noise import Noise, PhiloxNoise
-from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights
+from fastdiff.ops.step_noise import step_noise
 from fastdiff.per_object import packed
 
 _WIDEST = 512  # block of features that a program's registers hold

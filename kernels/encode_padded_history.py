@@ -38,9 +38,9 @@ from fastdiff.kernels.padded_transformer import (
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.kernels.tuning import Config, Problem, bucket, choose
-from fastdiff.ops.cpu.packing import packed
 from fastdiff.ops.encode_padded_history import PaddedEncoder
 from fastdiff.ops.padded_transformer import Layer, PaddedBlock
+from fastdiff.per_object import packed
 
 _ROWS = 4096  # numbers that a program of `embed` makes
 _MIXED = ((8192, 8, 192), (4096, 4, 168))  # numbers of a tile of `attend`, heads x slots x dims; warps and registers
@@ -396,8 +396,8 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
             return weight.to(dtype), torch.zeros(n_out, dtype=dtype, device=device)
 
         norm = (torch.ones(dim, dtype=dtype, device=device), torch.zeros(dim, dtype=dtype, device=device))
-        parts = [layer(dim, dim) for _ in range(4)]
-        block = PaddedBlock(*parts, norm, layer(4 * dim, dim), layer(dim, 4 * dim), norm, heads)
+        query, key, value, out = (layer(dim, dim) for _ in range(4))
+        block = PaddedBlock(query, key, value, out, norm, layer(4 * dim, dim), layer(dim, 4 * dim), norm, heads)
         table, positions, empty = layer(rows, dim)[0], layer(window, dim)[0], layer(1, dim)[0]
         encoder = PaddedEncoder(positions, norm, (block,), 0, empty)
         for users in (32, 256, 2048):

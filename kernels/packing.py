@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.kernels.runtime import next_power_of_2
+from fastdiff.per_object import packed
 
 
 def block(n: int) -> int:
@@ -28,3 +29,15 @@ def pack_vector(values: Tensor, n: int) -> Tensor:
 def join(*parts: Tensor) -> Tensor:
     """Packed parts one after another in one buffer; a kernel finds each by the sizes of those before it."""
     return torch.cat([part.flatten() for part in parts])
+
+
+def coef_on(coef: Tensor, device: torch.device) -> Tensor:
+    """A plan's coefficients [S, 3] in float32 on `device`, copied there once."""
+    tables = packed(coef, _no_tables)
+    if device not in tables:
+        tables[device] = coef.to(device, torch.float32)
+    return tables[device]
+
+
+def _no_tables(coef: Tensor) -> dict[torch.device, Tensor]:
+    return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -42,7 +43,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; an H200's where kernels are interpreted."""
     if device.type == "cpu":
         return 227 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub does not know all of them
+    return int(properties.shared_memory_per_block_optin)
 
 
 def require(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from fastdiff.noise import Noise
 from fastdiff.ops.cpu.packing import join
 from fastdiff.ops.cpu.padded_transformer import pack_layer, pack_norm, scaled_queries
-from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.decode_context import ContextDecoder, first_step
+from fastdiff.ops.step_noise import step_noise
 from fastdiff.per_object import packed
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 from fastdiff.noise import Noise
 from fastdiff.ops.causal_transformer import BlockWeights
-from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.cpu.transformer import packed_blocks
 from fastdiff.ops.denoise_attention_loop import CausalPrefix
+from fastdiff.ops.step_noise import step_noise
 
 
 def denoise_attention_loop(

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.ops.cpu.packing import PANEL, join, pack_linear, pack_vector, padded
-from fastdiff.ops.cpu.step_noise import step_noise
 from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights
+from fastdiff.ops.step_noise import step_noise
 from fastdiff.per_object import packed
 
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2, "tanh": 3}

@@ -1,4 +1,4 @@
-"""How a loop in C++ comes by the draws of its steps."""
+"""How a loop that runs outside Python, in C++ or in a kernel, comes by the draws of its steps."""
 
 from __future__ import annotations
 
