@@ -26,7 +26,8 @@ from bench.ours import engine_ops, our_engines
 from bench.weights import random_weights
 from fastdiff.config import DreamRecConfig, default_generation_config
 from fastdiff.data import InstanceFile
-from fastdiff.engine import Engine, GenerateOutput
+from fastdiff.engine import Engine
+from fastdiff.output import GenerateOutput
 
 USERS, ITEMS, STEPS = 55_245, 9_514, 1_000
 LENGTHS = (0.2325, 0.2326, 0.2325, 0.1269, 0.0708, 0.0399, 0.0236, 0.0146, 0.0088, 0.0058, 0.0120)

@@ -18,7 +18,8 @@ from torch import Tensor
 from bench.cases import GOLDEN, Gate, Provider, ranking_error, relative_error
 from bench.ours import our_engines
 from fastdiff.config import GenerationConfig, ModelConfig
-from fastdiff.engine import Engine, GenerateOutput
+from fastdiff.engine import Engine
+from fastdiff.output import GenerateOutput
 
 TOP_K = 20
 

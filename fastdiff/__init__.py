@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdiff.catalog import ItemCatalog
-    from fastdiff.engine import Engine, GenerateOutput
+    from fastdiff.engine import Engine
     from fastdiff.loading import accelerate, from_pretrained
     from fastdiff.ops.backend import available_backends
+    from fastdiff.output import GenerateOutput
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "fastdiff.engine",
-    "GenerateOutput": "fastdiff.engine",
+    "GenerateOutput": "fastdiff.output",
     "ItemCatalog": "fastdiff.catalog",
     "accelerate": "fastdiff.loading",
     "available_backends": "fastdiff.ops.backend",

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff.catalog import ItemCatalog
 from fastdiff.config import AGGREGATIONS, RANKINGS, SCHEDULERS, GenerationConfig, ModelConfig
 from fastdiff.errors import CatalogError, InvalidArgument
-from fastdiff.histories import ParsedHistories
+from fastdiff.histories import DeviceHistories, ParsedHistories
 from fastdiff.models.base import Model
 from fastdiff.noise import (
     MAX_SAMPLES,
@@ -30,6 +30,7 @@ from fastdiff.noise import (
 )
 from fastdiff.ops.score_topk import UserLists
 from fastdiff.plan import StepPlan
+from fastdiff.staging import finish, upload
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -174,7 +175,7 @@ class NoiseRequest:
 
     def resolve(
         self,
-        histories: ParsedHistories,
+        histories: ParsedHistories | DeviceHistories,
         num_samples: int,
         model: Model[Any, Any],
         plan: StepPlan,
@@ -209,7 +210,7 @@ class NoiseRequest:
             start = given[0]
         seed = draw_seed() if self.seed is None else _check_seed(self.seed)
         row_key = histories.row_key if self.request_ids is None else request_row_key(self.request_ids, n_users)
-        row_key = row_key if row_key.device == device else row_key.to(device)
+        row_key = row_key if row_key.device == device else upload([row_key], device)[0]
         row_key = row_key if num_samples == 1 else row_key.repeat_interleave(num_samples)
         sample = _sample_index(n_users, num_samples, device)
         philox = PhiloxNoise(seed, row_key, sample, dim, dtype, model.bound["philox_normals"])
@@ -256,7 +257,11 @@ def _make_sample_index(n_users: int, num_samples: int, device: torch.device) -> 
     return torch.arange(num_samples, device=device).repeat(n_users)
 
 
-_kept_sample_index = lru_cache(maxsize=64)(_make_sample_index)  # nobody writes into it
+@lru_cache(maxsize=64)
+def _kept_sample_index(n_users: int, num_samples: int, device: torch.device) -> Tensor:
+    index = _make_sample_index(n_users, num_samples, device)  # nobody writes into it
+    finish(device)
+    return index
 
 
 def draw_seed() -> int:
@@ -297,12 +302,18 @@ class RankingRequest:
             )
 
     def resolve(
-        self, catalog: ItemCatalog, config: ModelConfig, histories: ParsedHistories, filter_seen_default: bool
+        self,
+        catalog: ItemCatalog,
+        config: ModelConfig,
+        histories: ParsedHistories | DeviceHistories,
+        filter_seen_default: bool,
     ) -> dict[str, Any]:
         """Candidates and filters, under the names of `ItemCatalog.topk`'s arguments."""
         if self.ranking == "published":
             # items added later are no rows of the authors' table
-            zeroed = None if config.published_seen_score is None else histories.seen.below(config.n_rows)
+            zeroed = None if config.published_seen_score is None else histories.seen
+            if zeroed is not None and catalog.n_rows > config.n_rows:
+                zeroed = zeroed.below(config.n_rows)
             return {"published": True, "n_published_rows": config.n_rows, "zeroed": zeroed}
         n_users = histories.n_users
         exclude = _user_rows(catalog, self.user_exclude_items, n_users, "user_exclude_items")

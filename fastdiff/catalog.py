@@ -27,6 +27,7 @@ from torch import Tensor
 from fastdiff import catalog_files
 from fastdiff.arithmetic import in_plain_arithmetic
 from fastdiff.config import AGGREGATIONS
+from fastdiff.device_ids import DeviceIds
 from fastdiff.errors import CatalogError, InvalidArgument
 from fastdiff.item_ids import (
     IdArray,
@@ -45,6 +46,7 @@ from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.score_topk import SCAN_DTYPES, UserLists, merge_topk, score_topk
 from fastdiff.ops.topk_definition import sum_in_order
 from fastdiff.ops.user_lists import describe, dtype_name
+from fastdiff.staging import upload
 
 if TYPE_CHECKING:
     from fastdiff._C import ItemIndex
@@ -186,13 +188,20 @@ class ItemCatalog:
         """`known` in C++, which reads lists of ids itself; None where fastdiff._C was not built."""
         return self._ids.index
 
+    @cached_property
+    def device_ids(self) -> DeviceIds:
+        """The ids as tensors where the catalogue is; there are none of strings."""
+        return DeviceIds(self._ids, self.device)
+
     def external(self, rows: Tensor) -> Tensor | IdArray:
         """The external id of each row [B, K], -1 standing for none.
 
         Integers: int64, -1 for none; a special row is -1 too, but its row number where ids are row numbers.
         Strings: a numpy object array, None for none, and the names of special rows, such as "[PAD]".
         """
-        return self._ids.external(rows)
+        if rows.is_cpu or self.id_type is str:
+            return self._ids.external(rows)
+        return self.device_ids.external(rows)
 
     def _known(self, ids: IdArray, where: str) -> IntArray:
         rows = self._ids.lookup(ids)
@@ -366,15 +375,20 @@ class ItemCatalog:
 
     def _allowed(self, exclude_rows: Tensor | None, candidate_rows: Tensor | None) -> Tensor | None:
         """[n_rows] bool; None where every row may be shown."""
-        allowed = self.is_item
+        if exclude_rows is not None:
+            exclude_rows = self._checked_rows(exclude_rows, "exclude_rows")
         if candidate_rows is not None:
-            named = torch.zeros_like(allowed)
-            named[self._checked_rows(candidate_rows, "candidate_rows")] = True
-            allowed = allowed & named
-        if exclude_rows is not None and exclude_rows.numel():
-            allowed = allowed.clone()
-            allowed[self._checked_rows(exclude_rows, "exclude_rows")] = False
-        elif candidate_rows is None and self.n_items == self.n_rows:
+            candidate_rows = self._checked_rows(candidate_rows, "candidate_rows")
+        return self._allowed_of(exclude_rows, candidate_rows)
+
+    def _allowed_of(self, exclude: Tensor | None, candidates: Tensor | None) -> Tensor | None:
+        """The same of rows that are checked, on the catalogue's device, which is not waited for."""
+        allowed = self.is_item
+        if candidates is not None:
+            allowed = allowed & torch.zeros_like(allowed).index_fill_(0, candidates, True)
+        if exclude is not None and exclude.numel():
+            allowed = allowed.index_fill(0, exclude, False)
+        elif candidates is None and self.n_items == self.n_rows:
             return None
         return allowed
 
@@ -386,7 +400,7 @@ class ItemCatalog:
             raise InvalidArgument(
                 f"ItemCatalog.topk: {name} must hold rows 0..{self.n_rows - 1} (got {int(outside[0])})"
             )
-        return rows.to(self.device)
+        return upload([rows], self.device)[0] if rows.is_cpu and not self.is_item.is_cpu else rows.to(self.device)
 
     # --- files --------------------------------------------------------------------------------------------------------
 

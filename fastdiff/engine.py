@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -35,46 +33,15 @@ from fastdiff.checkpoint import Checkpoint, write_folder
 from fastdiff.closed_form import AffineDenoiser, ClosedForm, collapse
 from fastdiff.config import DTYPES, GenerationConfig, ModelConfig
 from fastdiff.errors import InvalidArgument
-from fastdiff.histories import ArrayLike, parse_histories
+from fastdiff.histories import ArrayLike, DeviceHistories, parse_histories
 from fastdiff.models import model_class
 from fastdiff.models.base import Histories, Model, OnStep
-from fastdiff.ops.score_topk import score_topk
+from fastdiff.ops.score_topk import check_finite, score_topk
+from fastdiff.output import GenerateOutput, Pending
 from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
+from fastdiff.staging import finish
 from fastdiff.stopwatch import Stopwatch
-
-
-@dataclass(eq=False)
-class GenerateOutput:
-    """What `generate()` returns.
-
-    item_ids    [B, K] external ids, best first; int64 tensor, or a numpy object array where the ids are strings.
-                Places that no allowed item fills hold -1 (None for strings)
-    scores      [B, K] float32, -inf at such places
-    embeddings  [B, D], or [B, num_samples, D]: the generated queries, where `output_embeddings`
-    seed        the seed of the call's noise; None where the noise was given or came from a generator
-    """
-
-    item_ids: Tensor | npt.NDArray[Any]
-    scores: Tensor
-    embeddings: Tensor | None
-    seed: int | None
-    _top: TopK = field(repr=False)
-    _stopwatch: Stopwatch = field(repr=False)
-
-    @property
-    def num_valid(self) -> Tensor:
-        """[B] int64, how many of the K places are filled."""
-        return self._top.num_valid
-
-    @property
-    def timings(self) -> dict[str, float]:
-        """Seconds of each stage: "prepare" (check, map and pack the histories), "encode", "denoise", "rank"."""
-        return self._stopwatch.seconds()
-
-    def to_tuple(self) -> tuple[Tensor | npt.NDArray[Any], Tensor]:
-        """(item_ids, scores)."""
-        return self.item_ids, self.scores
 
 
 class Engine:
@@ -94,6 +61,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.device = model.device
+        self._on_cpu = model.device.type == "cpu"
         self._backend = backend
         self._history_table: tuple[ItemCatalog, Tensor] | None
         self.catalog = self._loaded_catalog = catalog
@@ -254,7 +222,8 @@ class Engine:
         candidates = RankingRequest(
             ranking, filter_seen, exclude_items, candidate_items, user_exclude_items, user_candidate_items
         )
-        parsed = parse_histories(histories, catalog, self.config)
+        host = parse_histories(histories, catalog, self.config)
+        parsed = host if self._on_cpu else DeviceHistories.of(host, self.device)
         n_users, n_samples = parsed.n_users, settings.num_samples
         request = NoiseRequest(noise, generator, seed, request_ids)
         draws, used_seed = request.resolve(parsed, n_samples, self.model, plan, closed)
@@ -263,7 +232,7 @@ class Engine:
         if n_users == 0:
             return self._empty(catalog, settings, used_seed, output_embeddings, watch)
 
-        condition = self._encode(parsed.window.to(self.device), catalog)
+        condition = self._encode(parsed.window, catalog)
         watch.lap("encode")
 
         state = self.model.prepare(condition, plan, settings.guidance_scale)
@@ -281,9 +250,11 @@ class Engine:
         watch.lap("denoise")
 
         top = catalog.topk(query, settings.top_k, aggregation=settings.aggregation, topk_op=self._topk_op, **filters)
-        item_ids = catalog.external(top.rows)
+        embeddings = query if output_embeddings else None
+        item_ids = catalog.external(top.rows) if self._on_cpu else None
         watch.lap("rank")
-        return GenerateOutput(item_ids, top.scores, query if output_embeddings else None, used_seed, top, watch)
+        pending = None if self._on_cpu else Pending([partial(check_finite, query)], catalog.external)
+        return GenerateOutput(item_ids, top, embeddings, used_seed, watch, pending)
 
     def generate_batches(
         self,
@@ -352,7 +323,9 @@ class Engine:
     def _encode(self, window: Histories, catalog: ItemCatalog) -> Any:
         kept = self._history_table
         if kept is None or kept[0] is not catalog:
-            kept = self._history_table = (catalog, catalog.table.to(self.device, self.model.dtype))
+            kept = (catalog, catalog.table.to(self.device, self.model.dtype))
+            finish(self.device)
+            self._history_table = kept
         return self.model.encode(window, kept[1])
 
     def _closed_form(self, state: Any, plan: StepPlan) -> tuple[ClosedForm, AffineDenoiser]:
@@ -382,7 +355,7 @@ class Engine:
         dim = self.config.hidden_size
         shape = (0, dim) if settings.num_samples == 1 else (0, settings.num_samples, dim)
         queries = torch.empty(shape, dtype=self.model.dtype, device=self.device) if embeddings else None
-        return GenerateOutput(catalog.external(rows), top.scores, queries, seed, top, watch)
+        return GenerateOutput(catalog.external(rows), top, queries, seed, watch)
 
 
 def _generate_arguments() -> list[str]:

@@ -151,12 +151,12 @@ class IntegerIds(ItemIds):
     ) -> None:
         """by_row [R], the id of each row, -1 for special ones; index: (ids, their rows), sorted by id, each id once."""
         super().__init__(is_item, special)
-        self._shown = np.concatenate([by_row, np.full(1, -1)])  # row -1 is no item
+        self.shown = np.concatenate([by_row, np.full(1, -1)])  # row -1 is no item
         self.sorted_ids, self.sorted_rows = self._sort(by_row) if index is None else index
 
     @property
     def by_row(self) -> IntArray:
-        return self._shown[:-1]
+        return self.shown[:-1]
 
     @staticmethod
     def _sort(by_row: IntArray) -> tuple[IntArray, IntArray]:
@@ -177,7 +177,7 @@ class IntegerIds(ItemIds):
         return np.where(self.sorted_ids[place] == ids, self.sorted_rows[place], -1)
 
     def external(self, rows: Tensor) -> Tensor:
-        return torch.from_numpy(self._shown[rows.cpu().numpy()]).to(rows.device)
+        return torch.from_numpy(self.shown[rows.cpu().numpy()]).to(rows.device)
 
     def listed(self) -> tuple[int, ...]:
         return tuple(self.by_row[self.is_item].tolist())

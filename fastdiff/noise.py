@@ -160,7 +160,13 @@ def _shift_right(h: Tensor, bits: int) -> Tensor:
 
 
 def request_row_key(request_ids: Sequence[int] | Tensor, n_users: int) -> Tensor:
-    """The caller's own row keys `[B]` int64, one per user; ids from 2^63 to 2^64 - 1 wrap to negative ones."""
+    """The caller's own row keys `[B]` int64, one per user; ids from 2^63 to 2^64 - 1 wrap to negative ones.
+
+    int64 ids on a CUDA device are taken as they are, without waiting for it.
+    """
+    on_device = isinstance(request_ids, Tensor) and request_ids.is_cuda and request_ids.dtype == torch.int64
+    if isinstance(request_ids, Tensor) and on_device and request_ids.shape == (n_users,):
+        return request_ids
     if not hasattr(request_ids, "__iter__"):
         raise InvalidArgument(
             f"generate: request_ids must hold one integer per history, {n_users} of them "

@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import torch
+
 Owner = TypeVar("Owner")
 Made = TypeVar("Made")
 
@@ -25,6 +27,8 @@ class PerObject(Generic[Made]):
         if entry is not None and entry[0]() is owner:
             return entry[1]
         made, key, entries = make(owner), id(owner), self._entries
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call] # later calls may come on other streams
+            torch.cuda.current_stream().synchronize()
 
         def forget(dead: weakref.ref[Any]) -> None:
             now = entries.get(key)

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from fastdiff.catalog import ItemCatalog
-from fastdiff.engine import Engine, GenerateOutput
+from fastdiff.engine import Engine
 from fastdiff.ops.sampler_step import sampler_step
+from fastdiff.output import GenerateOutput
 from tests.builders import METHODS, first_id, small_engine
 
 SECONDS = float(os.environ.get("FASTDIFF_TEST_SECONDS", "5")) / len(METHODS)

@@ -28,7 +28,8 @@ from fastdiff.errors import DataError, InvalidArgument
 
 if TYPE_CHECKING:
     from fastdiff.data import IdType, ItemId, UserSequence
-    from fastdiff.engine import Engine, GenerateOutput
+    from fastdiff.engine import Engine
+    from fastdiff.output import GenerateOutput
 
 _DESCRIPTION = """\
 Recommend items: one JSON line per user,

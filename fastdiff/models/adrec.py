@@ -67,6 +67,7 @@ from fastdiff.ops.prepare_causal_prefix import prepare_causal_prefix
 from fastdiff.ops.row_linear import LinearWeights, row_linear
 from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
+from fastdiff.staging import finish
 
 NORM_EPS = 1e-12
 MLP_NORM_EPS = 1e-5
@@ -252,6 +253,7 @@ class ADRec(Model[ADRecCondition, ADRecState]):
                 time = time @ self.mlp_condition.weight.T
             if len(self._times) >= _PLANS_KEPT:
                 self._times.clear()
+            finish(self.device)
             self._times[key] = time
         return time
 

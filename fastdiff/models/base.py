@@ -49,11 +49,6 @@ class Histories:
     def batch_size(self) -> int:
         return self.items.shape[0]
 
-    def to(self, device: torch.device) -> Histories:
-        if self.items.device == device:
-            return self
-        return Histories(self.items.to(device), self.lengths.to(device))
-
 
 ConditionT = TypeVar("ConditionT")
 StateT = TypeVar("StateT")

@@ -45,6 +45,7 @@ from fastdiff.ops.decode_context import ContextDecoder, decode_context
 from fastdiff.ops.encode_padded_history import PaddedEncoder, encode_padded_history
 from fastdiff.ops.padded_transformer import Layer, PaddedBlock
 from fastdiff.plan import StepPlan
+from fastdiff.staging import finish
 
 ENCODER_EPS = 1e-12
 DECODER_EPS = 1e-5
@@ -177,6 +178,7 @@ class CDDRec(Model[Tensor, CDDRecState]):
         last = self._last_plan
         if last is None or last[0] is not plan:
             cross = self._cross[self.timesteps_of(plan, 0, self._cross.shape[0] - 1)]
+            finish(self.device)
             self._last_plan = last = (plan, cross)
         return CDDRecState(condition, last[1], self._decoder)
 

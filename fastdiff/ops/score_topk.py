@@ -266,8 +266,8 @@ def check_rows(n_rows: int, user_exclude: UserLists | None, user_candidates: Use
 
 
 def check_finite(query: Tensor) -> None:
-    """Waits for the device."""
-    finite = query.isfinite().all(dim=1)
+    """Raise InvalidArgument where a query [.., D] holds NaN or infinity; waits for the device."""
+    finite = query.isfinite().flatten(0, -2).all(dim=1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         raise InvalidArgument(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.staging import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +79,16 @@ class UserLists:
         if times == 1:
             return self
         users = torch.arange(self.n_users, device=self.values.device)
-        return self.select(users.repeat_interleave(times))
+        return self.select(users.repeat_interleave(times), times * self.values.numel())
 
-    def select(self, users: Tensor) -> UserLists:
-        """The lists of the users named (int64), in that order; a user may be named more than once."""
+    def select(self, users: Tensor, total: int | None = None) -> UserLists:
+        """The lists of the users named (int64), in that order; a user may be named more than once.
+
+        total  how many values there will be, where that is known: a CUDA device is then not waited for
+        """
         lengths = self.offsets.diff()[users]
         offsets = F.pad(lengths.cumsum(0), (1, 0))
-        shift = (self.offsets[users] - offsets[:-1]).repeat_interleave(lengths)
+        shift = (self.offsets[users] - offsets[:-1]).repeat_interleave(lengths, output_size=total)
         return UserLists.trusted(self.values[torch.arange(shift.numel(), device=shift.device) + shift], offsets)
 
     def union(self, other: UserLists) -> UserLists:
@@ -112,6 +116,8 @@ class UserLists:
     def to(self, device: torch.device | str) -> UserLists:
         if self.values.device == (torch.device(device) if isinstance(device, str) else device):
             return self
+        if self.values.is_cpu:
+            return UserLists.trusted(*upload([self.values, self.offsets], torch.device(device)))
         return UserLists.trusted(self.values.to(device), self.offsets.to(device))
 
 
