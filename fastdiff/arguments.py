@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastdiff.catalog import ItemCatalog
 from fastdiff.config import AGGREGATIONS, RANKINGS, SCHEDULERS, GenerationConfig, ModelConfig
+from fastdiff.device_histories import DeviceHistories
 from fastdiff.errors import CatalogError, InvalidArgument
-from fastdiff.histories import DeviceHistories, ParsedHistories
+from fastdiff.histories import ParsedHistories
 from fastdiff.models.base import Model
 from fastdiff.noise import (
     MAX_SAMPLES,
@@ -311,7 +312,7 @@ class RankingRequest:
         """Candidates and filters, under the names of `ItemCatalog.topk`'s arguments."""
         if self.ranking == "published":
             # items added later are no rows of the authors' table
-            zeroed = None if config.published_seen_score is None else histories.seen
+            zeroed = None if config.published_seen_score is None else histories.only_seen
             if zeroed is not None and catalog.n_rows > config.n_rows:
                 zeroed = zeroed.below(config.n_rows)
             return {"published": True, "n_published_rows": config.n_rows, "zeroed": zeroed}

@@ -32,8 +32,9 @@ from fastdiff.catalog import ItemCatalog, TopK
 from fastdiff.checkpoint import Checkpoint, write_folder
 from fastdiff.closed_form import AffineDenoiser, ClosedForm, collapse
 from fastdiff.config import DTYPES, GenerationConfig, ModelConfig
+from fastdiff.device_histories import DeviceHistories, can_parse, parse_on_device
 from fastdiff.errors import InvalidArgument
-from fastdiff.histories import ArrayLike, DeviceHistories, parse_histories
+from fastdiff.histories import ArrayLike, ParsedHistories, parse_histories
 from fastdiff.models import model_class
 from fastdiff.models.base import Histories, Model, OnStep
 from fastdiff.ops.score_topk import check_finite, score_topk
@@ -182,7 +183,8 @@ class Engine:
         """The top K items that each user wants next. None means the model's own setting (`generation_config`).
 
         histories            a list of lists of external item ids, oldest first, any length, [] for a cold user; or a
-                             padded integer array [B, L] (either side, pads are -1 or the model's pad id)
+                             padded integer array [B, L] (either side, pads are -1 or the model's pad id). A tensor that
+                             is on the model's CUDA device stays there: what is wrong in it is said at the output
         top_k                K
         num_inference_steps  S steps spread over the chain; or `timesteps`, the exact descending indices
         guidance_scale       g of u + g (c - u), 1 = off
@@ -222,8 +224,7 @@ class Engine:
         candidates = RankingRequest(
             ranking, filter_seen, exclude_items, candidate_items, user_exclude_items, user_candidate_items
         )
-        host = parse_histories(histories, catalog, self.config)
-        parsed = host if self._on_cpu else DeviceHistories.of(host, self.device)
+        parsed = self._parse(histories, catalog)
         n_users, n_samples = parsed.n_users, settings.num_samples
         request = NoiseRequest(noise, generator, seed, request_ids)
         draws, used_seed = request.resolve(parsed, n_samples, self.model, plan, closed)
@@ -253,7 +254,9 @@ class Engine:
         embeddings = query if output_embeddings else None
         item_ids = catalog.external(top.rows) if self._on_cpu else None
         watch.lap("rank")
-        pending = None if self._on_cpu else Pending([partial(check_finite, query)], catalog.external)
+        pending = None
+        if isinstance(parsed, DeviceHistories):
+            pending = Pending([*parsed.checks, partial(check_finite, query)], catalog.external)
         return GenerateOutput(item_ids, top, embeddings, used_seed, watch, pending)
 
     def generate_batches(
@@ -319,6 +322,13 @@ class Engine:
         if kept is None or kept[0] is not defaults:
             kept = self._default_sampler = (defaults, request.resolve(defaults, self._make_plan))
         return kept[1]
+
+    def _parse(self, histories: ArrayLike, catalog: ItemCatalog) -> ParsedHistories | DeviceHistories:
+        if self._on_cpu:
+            return parse_histories(histories, catalog, self.config)
+        if isinstance(histories, Tensor) and histories.device == self.device and can_parse(histories, catalog):
+            return parse_on_device(histories, catalog, self.config)
+        return DeviceHistories.of(parse_histories(histories, catalog, self.config), self.device)
 
     def _encode(self, window: Histories, catalog: ItemCatalog) -> Any:
         kept = self._history_table

@@ -7,7 +7,6 @@ cold user), or one padded integer array or tensor `[B, L]`, padded on either sid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeGuard
 
@@ -22,7 +21,6 @@ from fastdiff.errors import InvalidHistory
 from fastdiff.models.base import Histories
 from fastdiff.noise import history_row_key
 from fastdiff.ops.score_topk import UserLists
-from fastdiff.staging import upload
 
 IntArray = npt.NDArray[np.int64]
 ArrayLike = Sequence[Any] | npt.NDArray[Any] | Tensor
@@ -58,6 +56,11 @@ class ParsedHistories:
         return UserLists.trusted(torch.from_numpy(self._rows), torch.from_numpy(self._offsets))
 
     @property
+    def only_seen(self) -> UserLists:
+        """The same."""
+        return self.seen
+
+    @property
     def row_key(self) -> Tensor:
         if self._row_key is None:
             return history_row_key(self.window.items, self.window.lengths)
@@ -68,26 +71,6 @@ class ParsedHistories:
         window = [self.window.items, self.window.lengths]
         others = (self._rows, self._offsets, self._row_key)
         return window + [torch.from_numpy(part) for part in others if part is not None]
-
-
-@dataclass(frozen=True, eq=False)
-class DeviceHistories:
-    """The same on a CUDA device."""
-
-    window: Histories
-    seen: UserLists
-    row_key: Tensor
-
-    @classmethod
-    def of(cls, histories: ParsedHistories, device: torch.device) -> DeviceHistories:
-        """Everything in one copy, which is not waited for."""
-        items, lengths, rows, offsets, *keys = upload(histories.packed(), device)
-        row_key = keys[0] if keys else history_row_key(items, lengths)
-        return cls(Histories(items, lengths), UserLists.trusted(rows, offsets), row_key)
-
-    @property
-    def n_users(self) -> int:
-        return self.window.batch_size
 
 
 def parse_histories(histories: ArrayLike, catalog: ItemCatalog, config: ModelConfig) -> ParsedHistories:

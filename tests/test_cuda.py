@@ -16,7 +16,7 @@ from bench.weights import random_weights
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import default_generation_config
 from fastdiff.engine import Engine
-from fastdiff.errors import InvalidArgument
+from fastdiff.errors import InvalidArgument, InvalidHistory
 from tests.builders import METHODS, small_config, small_engine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -64,6 +64,37 @@ def test_a_call_waits_for_nothing_until_its_output_is_looked_at(method: str, ids
         if "seed" in arguments:
             assert output.item_ids.tolist() == expected.item_ids.tolist()
             assert torch.equal(output.scores, expected.scores)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("numbered", [True, False])
+def test_histories_on_the_device_stay_there(method: str, numbered: bool) -> None:
+    engine = cuda_engine(method, None if numbered else [500 - row for row in range(50)])
+    listed = list(engine.catalog.item_ids)
+    histories = [[listed[item % 50] for item in history] for history in HISTORIES]
+    width = max(map(len, histories))
+    for padded in (
+        [history + [-1] * (width - len(history)) for history in histories],
+        [[-1] * (width - len(history)) + history for history in histories],
+    ):
+        ids = torch.tensor(padded, device="cuda")
+        expected = engine.generate(histories, top_k=7, seed=3)
+        assert engine.generate(ids, top_k=7, seed=3).item_ids.tolist() == expected.item_ids.tolist()
+        with waiting_is_an_error():
+            output = engine.generate(ids, top_k=7, seed=3)
+        assert output.item_ids.tolist() == expected.item_ids.tolist()
+        torch.testing.assert_close(output.scores, expected.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_ids_that_are_none_are_an_error_of_the_output() -> None:
+    engine = cuda_engine("dreamrec")
+    ids = torch.tensor([[3, 7], [99120, -1]], device="cuda")
+    engine.generate(ids[:1], seed=1)
+    with waiting_is_an_error():
+        output = engine.generate(ids, seed=1)
+    for name in ("item_ids", "scores", "num_valid", "embeddings"):
+        with pytest.raises(InvalidHistory, match=r"histories\[1\] holds item id 99120"):
+            getattr(output, name)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastdiff.catalog import ItemCatalog
+from fastdiff.device_histories import DeviceHistories
 from fastdiff.device_ids import DeviceIds
-from fastdiff.histories import DeviceHistories, parse_histories
+from fastdiff.histories import parse_histories
 from fastdiff.noise import history_row_key
 from fastdiff.ops.score_topk import UserLists
 from fastdiff.staging import ALIGNED, upload

@@ -37,8 +37,8 @@ OnStep = Callable[[int, int, Tensor], Tensor | None]
 class Histories:
     """The histories of a batch as the model sees them: cut to the window, oldest item first.
 
-    items    [B, n] int64 rows of the item table, left-aligned whatever the model's own pad side; n is the longest
-             history of the batch (it may be 0). Beyond a row's length stands the model's pad row.
+    items    [B, n] int64 rows of the item table, left-aligned whatever the model's own pad side; n is at
+             least the longest history of the batch (it may be 0). Beyond a row's length stands the model's pad row.
     lengths  [B] int64, 0 for a cold user
     """
 
