@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.ops import score_topk as module
@@ -19,6 +17,7 @@ from fastdiff.ops import topk_definition, topk_scan
 from fastdiff.ops.cpu import library
 from fastdiff.ops.score_topk import ScanTable, UserLists, merge_topk, score_topk
 from fastdiff.ops.topk_definition import exact_scores, from_keys, topk_by_definition
+from tests.syncs import no_syncs
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BACKENDS = [(backend, device) for device in DEVICES for backend in score_topk.available(device)]
@@ -745,18 +744,6 @@ def test_triton_does_not_look_at_values_on_a_gpu(monkeypatch: pytest.MonkeyPatch
     triton_topk(torch.ones(3, 12), item_emb, 5, None, lists)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what waits for a device to tell a number."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.__name__
-        waits = name.startswith(("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"))
-        assert not waits, name
-        if name.startswith(("index.", "index_put")):
-            assert not any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]), name
-        return function(*args, **(kwargs or {}))
-
-
 @needs_triton
 @pytest.mark.parametrize("k", [5, 300])
 def test_triton_waits_for_nothing(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -772,7 +759,7 @@ def test_triton_waits_for_nothing(k: int, monkeypatch: pytest.MonkeyPatch) -> No
     for lists in ((None, None), (short, None), (long, None), (short, long)):
         given_lists = (allowed, *lists)
         truth = op(query, item_emb, k, *given_lists, scan)
-        with NoWaiting():
+        with no_syncs():
             again = op(query, item_emb, k, *given_lists, scan)
         assert_same(again, truth)
 
