@@ -91,18 +91,20 @@ class PhiloxNoise(Noise):
     A sampler asks for draws 0, 1, 2, ..: they are made in stretches of 1, 2, 4, .. because one draw of a few rows costs
     little more than the hundred small tensor operations that it takes.
 
+    seed     an int of 64 bits; or a tensor [1] int64 on the device, for a captured CUDA graph, which is replayed with
+             others. The ops in C++ take an int only
     row_key  [R] int64   sample  [R] int64, the sample index of each row
     normals  the op `philox_normals`, bound to the backend of the run
     """
 
     def __init__(
         self,
-        seed: int,
+        seed: int | Tensor,
         row_key: Tensor,
         sample: Tensor,
         dim: int,
         dtype: torch.dtype,
-        normals: Callable[[int, Tensor, Tensor, int, int, int], Tensor] = philox_normals_ref,
+        normals: Callable[[int | Tensor, Tensor, Tensor, int, int, int], Tensor] = philox_normals_ref,
     ) -> None:
         self.seed, self.row_key, self.sample = seed, row_key, sample
         self._normals = normals

@@ -31,7 +31,9 @@ def _philox_normals_kernel(
     tl.store(p_out + o_out, b_normals, mask=m_row[:, None] & (o_dim < dim)[None, :])
 
 
-def philox_normals(seed: int, row_key: Tensor, sample: Tensor, first_draw: int, n_draws: int, dim: int) -> Tensor:
+def philox_normals(
+    seed: int | Tensor, row_key: Tensor, sample: Tensor, first_draw: int, n_draws: int, dim: int
+) -> Tensor:
     """See `fastdiff.ops.philox_normals.philox_normals_ref`."""
     n_rows = row_key.shape[0]
     normals = torch.empty(n_draws, n_rows, dim, device=row_key.device)

@@ -20,9 +20,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def device_int(value: int, device: torch.device) -> Tensor:
+def device_int(value: int | Tensor, device: torch.device) -> Tensor:
     """[1] int64 on `device`, made without waiting for it. A seed goes to a kernel as a tensor, so that a captured CUDA
-    graph can be replayed with another one; values from 2^63 to 2^64 - 1 wrap to negative ones."""
+    graph can be replayed with another one; a tensor is taken as it is; values from 2^63 to 2^64 - 1 wrap to negative
+    ones."""
+    if isinstance(value, Tensor):
+        return value
     unsigned = value & 0xFFFFFFFFFFFFFFFF
     return torch.full((1,), unsigned - (unsigned >> 63 << 64), dtype=torch.int64, device=device)
 

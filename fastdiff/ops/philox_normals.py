@@ -29,11 +29,14 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _TWO_PI = 6.2831855  # 2 pi rounded to float32
 
 
-def philox_normals_ref(seed: int, row_key: Tensor, sample: Tensor, first_draw: int, n_draws: int, dim: int) -> Tensor:
+def philox_normals_ref(
+    seed: int | Tensor, row_key: Tensor, sample: Tensor, first_draw: int, n_draws: int, dim: int
+) -> Tensor:
     """Standard normals `[n, R, dim]` float32 for the draws numbered first_draw .. first_draw + n - 1.
 
-    seed     int of 64 bits, signed or not      first_draw, n_draws  0 or more, their sum at most 2^32
-    row_key  [R] int64                          sample  [R] int64 in 0 .. 2^16 - 1
+    seed     int of 64 bits, signed or not; but for backend 'cpu' also a tensor [1] int64 on the device
+    row_key  [R] int64      sample  [R] int64 in 0 .. 2^16 - 1
+    first_draw, n_draws     0 or more, their sum at most 2^32
     """
     blocks = torch.arange((dim + 3) // 4, device=row_key.device, dtype=torch.int64)
     draws = torch.arange(first_draw, first_draw + n_draws, device=row_key.device, dtype=torch.int64)
@@ -51,7 +54,7 @@ def philox_normals_ref(seed: int, row_key: Tensor, sample: Tensor, first_draw: i
 
 
 def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32 on 32-bit words held in int64 tensors (which broadcast against each other)."""
     c0, c1, c2, c3 = counter

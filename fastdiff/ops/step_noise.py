@@ -15,11 +15,12 @@ class StepNoise(NamedTuple):
     """The draws of S steps, given or to be made by the loop: the last four arguments of its op.
 
     given    [up to S, R, D] float32, the draw of step i at place i; None where no step draws, or Philox does
-    seed     signed, 64 bits; row_key  [R] int64, sample [R] int64: see `fastdiff.ops.philox_normals`
+    seed     signed, 64 bits, or a tensor [1] int64
+    row_key  [R] int64, sample [R] int64: see `fastdiff.ops.philox_normals`
     """
 
     given: Tensor | None
-    seed: int
+    seed: int | Tensor
     row_key: Tensor | None
     sample: Tensor | None
 
@@ -30,7 +31,8 @@ def step_noise(noise: Noise, coef: Tensor, first: int = 0) -> StepNoise:
     Other kinds than given and Philox are drawn here, in the order of the steps; x_T comes before them.
     """
     if isinstance(noise, PhiloxNoise):  # the usual kind is asked for first
-        return StepNoise(None, signed(noise.seed), noise.row_key, noise.sample)
+        seed = noise.seed if isinstance(noise.seed, Tensor) else signed(noise.seed)
+        return StepNoise(None, seed, noise.row_key, noise.sample)
     if isinstance(noise, StartNoise):
         return step_noise(noise.rest, coef, first)
     steps = coef[first:, 2].nonzero().flatten().tolist()
