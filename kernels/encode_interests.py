@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.packing import block, pack_vector, pack_weight
+from fastdiff.kernels.packing import block, blocks_of_64, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import activate, rows_dot
 from fastdiff.kernels.runtime import next_power_of_2, require, rows_together
@@ -167,7 +167,7 @@ def _pack(extractor: InterestExtractor) -> tuple[Tensor, Tensor, Tensor, Tensor,
     attention = extractor.attention
     assert attention is not None
     (up, up_bias), (down, down_bias) = attention.up, attention.down
-    hidden, interests = _padded(up_bias.shape[0]), block(extractor.n_interests)
+    hidden, interests = blocks_of_64(up_bias.shape[0]), block(extractor.n_interests)
     return (
         attention.positions.detach().contiguous(),
         pack_weight(up, block(attention.positions.shape[1]), hidden),
@@ -177,16 +177,11 @@ def _pack(extractor: InterestExtractor) -> tuple[Tensor, Tensor, Tensor, Tensor,
     )
 
 
-def _padded(hidden: int) -> int:
-    """The hidden layer is never whole in registers: blocks of up to 64."""
-    return block(hidden) if hidden <= 64 else triton.cdiv(hidden, 64) * 64
-
-
 def _choose(
     n_places: int, dim: int, hidden: int, interests: int, itemsize: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The constants of the kernel that the sizes decide, and the options of its launch."""
-    block_d, padded = block(dim), _padded(hidden)
+    block_d, padded = block(dim), blocks_of_64(hidden)
     constants = {
         "N_INTERESTS": interests,
         "DIM": dim,
@@ -209,25 +204,33 @@ def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
     sizes = dict.fromkeys(("items_stride", "table_stride", "n_places", "n_rows", "pad_id"), "i32")
     history = dict.fromkeys(("p_items", "p_lengths"), "*i64")
-    for dtype in ("fp32", "fp16", "bf16"):
-        layers = ("p_positions", "p_up", "p_up_bias", "p_down", "p_down_bias")
-        floating = dict.fromkeys(("p_table", "p_g"), f"*{dtype}")
+    layers = ("p_positions", "p_up", "p_up_bias", "p_down", "p_down_bias")
+    for dtype, n_places, dim, interests in (
+        ("fp32", 10, 64, 4),
+        ("fp32", 50, 128, 20),
+        ("fp16", 50, 64, 4),
+        ("fp16", 50, 128, 20),
+        ("bf16", 50, 128, 4),
+    ):
         itemsize = 4 if dtype == "fp32" else 2
-        for n_places, dim, interests in ((10, 64, 4), (50, 64, 4), (50, 128, 4), (50, 64, 20), (200, 256, 8)):
-            constants, options = _choose(n_places, dim, 4 * dim, interests, itemsize)
-            yield Case(
-                f"{dtype} n={n_places} D={dim} K={interests}",
-                _interests_kernel,
-                history | floating | dict.fromkeys(layers, f"*{dtype}") | {k: sizes[k] for k in sizes if k != "n_rows"},
-                {"POSITIONS_IN_VALUES": True} | constants,
-                options,
-                tensor_core=itemsize == 2,
-            )
-        for dim in (64, 100):
-            block_r, block_d = _copy_blocks(dim)
-            yield Case(
-                f"{dtype} last items D={dim}",
-                _last_items_kernel,
-                history | floating | {k: sizes[k] for k in sizes if k != "n_places"},
-                {"N_INTERESTS": 4, "DIM": dim, "BLOCK_R": block_r, "BLOCK_D": block_d},
-            )
+        constants, options = _choose(n_places, dim, 4 * dim, interests, itemsize)
+        yield Case(
+            f"{dtype} n={n_places} D={dim} K={interests}",
+            _interests_kernel,
+            history
+            | dict.fromkeys(("p_table", "p_g", *layers), f"*{dtype}")
+            | {name: sizes[name] for name in sizes if name != "n_rows"},
+            {"POSITIONS_IN_VALUES": True} | constants,
+            options,
+            tensor_core=itemsize == 2,
+        )
+    for dtype, dim in (("fp32", 64), ("fp16", 100)):
+        block_r, block_d = _copy_blocks(dim)
+        yield Case(
+            f"{dtype} last items D={dim}",
+            _last_items_kernel,
+            history
+            | dict.fromkeys(("p_table", "p_g"), f"*{dtype}")
+            | {name: sizes[name] for name in sizes if name != "n_places"},
+            {"N_INTERESTS": 4, "DIM": dim, "BLOCK_R": block_r, "BLOCK_D": block_d},
+        )

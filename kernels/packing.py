@@ -15,6 +15,11 @@ def block(n: int) -> int:
     return max(16, next_power_of_2(n))
 
 
+def blocks_of_64(n: int) -> int:
+    """The extent of features that a kernel takes in blocks of at most 64: one block of its own, or whole ones of 64."""
+    return block(n) if n <= 64 else -(-n // 64) * 64
+
+
 def pack_weight(weight: Tensor, n_in: int, n_out: int) -> Tensor:
     """A layer's weight [outputs, inputs] as [n_in, n_out], 0 beyond its own inputs and outputs."""
     outputs, inputs = weight.shape

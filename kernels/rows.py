@@ -35,28 +35,6 @@ def linear_rows(b_x, p_layer, N: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def linear_rows_through(b_x, p_scratch, p_layer, n_in, N: tl.constexpr, stride, BLOCK_K: tl.constexpr, bias_at):
-    """The same with x going through a scratch [R, K] float32 of the program, which its caches hold, so that a loop over
-    K multiplies: float32 without matrix units keeps whole operands in registers, and a long stretch of products
-    without a loop spills them. W has a row every `stride` numbers; b stands `bias_at` numbers behind its start.
-
-    n_in  K again, as an argument of the launch: where it is known to the compiler, LLVM unrolls the loop"""
-    R: tl.constexpr = b_x.shape[0]
-    K: tl.constexpr = b_x.shape[1]
-    o_row, o_out = tl.arange(0, R)[:, None], tl.arange(0, N)[None, :]
-    tl.debug_barrier()  # what stood in the scratch has been read
-    tl.store(p_scratch + o_row * K + tl.arange(0, K)[None, :], b_x)
-    tl.debug_barrier()
-    b_y = tl.zeros([R, N], tl.float32) + tl.load(p_layer + bias_at + tl.arange(0, N)).to(tl.float32)[None, :]
-    for first in tl.range(0, n_in, BLOCK_K, num_stages=1):
-        o_in = first + tl.arange(0, BLOCK_K)
-        b_part = tl.load(p_scratch + o_row * K + o_in[None, :])
-        b_w = tl.load(p_layer + o_in[:, None] * stride + o_out)
-        b_y = tl.dot(b_part.to(b_w.dtype), b_w, b_y, input_precision="ieee")
-    return b_y
-
-
-@triton.jit
 def layer_norm_rows(b_x, p_norm, eps, DIM: tl.constexpr):
     """LayerNorm over the first DIM of the rows' features; weight and then bias, each 0 beyond DIM, stand at p_norm."""
     BLOCK_D: tl.constexpr = b_x.shape[1]

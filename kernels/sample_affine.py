@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.closed_form import ClosedForm
 from fastdiff.kernels.normals import draw_rows
-from fastdiff.kernels.packing import block, pack_vector, pack_weight
+from fastdiff.kernels.packing import blocks_of_64, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together
 from fastdiff.noise import Noise, PhiloxNoise
@@ -115,16 +115,12 @@ def sample_affine(form: ClosedForm, cond: Tensor, uncond: Tensor | None, guidanc
 
 
 def _pack(form: ClosedForm) -> tuple[Tensor, Tensor, Tensor]:
-    n = _padded(form.offset.shape[0])
+    n = blocks_of_64(form.offset.shape[0])
     return pack_weight(form.gain, n, n), pack_vector(form.offset, n), pack_weight(form.factor, n, n)
 
 
-def _padded(dim: int) -> int:
-    return block(dim) if dim <= 64 else triton.cdiv(dim, 64) * 64
-
-
 def _blocks(n_rows: int, dim: int, itemsize: int, processors: int) -> dict[str, int]:
-    padded = _padded(dim)
+    padded = blocks_of_64(dim)
     many = itemsize == 2 and n_rows >= 32 * processors  # float32 would spill
     return {
         "BLOCK_R": 32 if many else 16,
@@ -135,16 +131,22 @@ def _blocks(n_rows: int, dim: int, itemsize: int, processors: int) -> dict[str, 
 
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
-    for dtype in ("fp32", "fp16", "bf16"):
-        for n_rows, dim in ((1, 64), (1, 128), (1, 256), (1 << 20, 64), (1 << 20, 128), (1 << 20, 256)):
-            yield Case(
-                f"{dtype} R={n_rows} D={dim}",
-                _sample_affine_kernel,
-                dict.fromkeys(("p_cond", "p_uncond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
-                | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
-                | dict.fromkeys(("cond_stride", "uncond_stride", "z_stride", "n_rows", "padded"), "i32")
-                | {"guidance_scale": "fp32"},
-                {"DIM": dim, "GUIDED": True, "DRAWN": True} | _blocks(n_rows, dim, 4 if dtype == "fp32" else 2, 132),
-                {"num_warps": 4, "num_stages": 2},
-                tensor_core=dtype != "fp32",
-            )
+    for dtype, n_rows, dim in (
+        ("fp32", 1, 64),
+        ("fp32", 1 << 20, 128),
+        ("fp16", 1, 128),
+        ("fp16", 1 << 20, 64),
+        ("bf16", 1, 64),
+        ("bf16", 1 << 20, 128),
+    ):
+        yield Case(
+            f"{dtype} R={n_rows} D={dim}",
+            _sample_affine_kernel,
+            dict.fromkeys(("p_cond", "p_uncond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
+            | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
+            | dict.fromkeys(("cond_stride", "uncond_stride", "z_stride", "n_rows", "padded"), "i32")
+            | {"guidance_scale": "fp32"},
+            {"DIM": dim, "GUIDED": True, "DRAWN": True} | _blocks(n_rows, dim, 4 if dtype == "fp32" else 2, 132),
+            {"num_warps": 4, "num_stages": 2},
+            tensor_core=dtype != "fp32",
+        )

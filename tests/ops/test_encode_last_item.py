@@ -76,7 +76,7 @@ def histories(rows: int = 40, n: int = WINDOW) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("nan_empty")
-@pytest.mark.parametrize("dim", [1, 2, 7, 16, 33, 50, 64])
+@pytest.mark.parametrize("dim", [1, 2, 7, 16, 33, 50, 64, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 def test_equals_the_last_row_of_the_whole_block(encode, dim, dtype):
     if encode_last_item.why_not(encode.backend, "cpu", dtype):
