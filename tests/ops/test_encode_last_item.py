@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops.encode_last_item import LastItemBlock, encode_last_item, encode_last_item_ref
+from tests.syncs import no_syncs
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 CPU_MISSING = "cpu" not in encode_last_item.available("cpu")
@@ -145,6 +146,18 @@ def test_a_head_reads_the_row(encode, outputs, dtype):
     twin = relative_error(encode_last_item_ref(items, lengths, table, replace(block, head=head)), truth)
     assert relative_error(ours, truth) <= 2 * twin + FLOOR[dtype]
     assert encode(items[:0], lengths[:0], table, replace(block, head=head)).shape == (0, outputs)
+
+
+@pytest.mark.skipif("triton" not in encode_last_item.available("cpu"), reason="no Triton here")
+def test_triton_waits_for_nothing():
+    encode = encode_last_item.bind("triton", "cpu")
+    table, _, block = make(8, torch.float32)
+    block = replace(block, head=(torch.randn(5, 8), torch.randn(5)))
+    items, lengths = histories()
+    packed_first = encode(items, lengths, table, block)
+    with no_syncs():
+        ours = encode(items, lengths, table, block)
+    assert torch.equal(ours, packed_first)
 
 
 @pytest.mark.skipif(CPU_MISSING, reason="the C++ ops are not built")
