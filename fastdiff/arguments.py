@@ -84,6 +84,11 @@ class SamplerRequest:
                 raise InvalidArgument(
                     f"generate: scheduler='one_step' excludes {', '.join(given)}; use another scheduler"
                 )
+            if given == ["eta"]:
+                raise InvalidArgument(
+                    "generate: eta belongs to scheduler='ddim', and this model's own setting is 'one_step', which has "
+                    "none; name the scheduler, or the number of steps"
+                )
             name = "ddpm" if call_eta is None else "ddim"  # more steps asked of a model whose default is one
         if name == "ddpm" and call_eta is not None:
             raise InvalidArgument("generate: eta belongs to scheduler='ddim'; 'ddpm' has none")

@@ -186,7 +186,8 @@ class Engine:
                              padded integer array [B, L] (either side, pads are -1 or the model's pad id). A tensor that
                              is on the model's CUDA device stays there: what is wrong in it is said at the output
         top_k                K
-        num_inference_steps  S steps spread over the chain; or `timesteps`, the exact descending indices
+        num_inference_steps  S steps spread over the chain; or `timesteps`, the exact descending indices. Asked of a
+                             model whose own setting is one step, they run DDPM, or DDIM where eta is given
         guidance_scale       g of u + g (c - u), 1 = off
         eta                  DDIM's stochasticity, from 0 = deterministic to 1 = as DDPM
         scheduler            "ddpm", "ddim", "one_step", "closed_form" (linear denoisers: the whole chain as one draw,
@@ -306,10 +307,20 @@ class Engine:
     ) -> Iterator[GenerateOutput]:
         total = len(histories) if isinstance(histories, Sized) else None
         ids = None if request_ids is None else iter(request_ids)
+        done = 0
         with tqdm(total=total, unit="history", disable=not show_progress) as bar:
             for batch in _cut(histories, batch_size):
                 keys = None if ids is None else list(islice(ids, len(batch)))
-                yield self.generate(batch, seed=seed, request_ids=keys, **arguments)
+                try:
+                    output = self.generate(batch, seed=seed, request_ids=keys, **arguments)
+                except InvalidArgument as error:
+                    if done == 0:
+                        raise
+                    raise type(error)(
+                        f"{error} (in the batch from histories[{done}] on, counted from there)"
+                    ) from error
+                yield output
+                done += len(batch)
                 bar.update(len(batch))
 
     # --- stages -------------------------------------------------------------------------------------------------------

@@ -641,6 +641,22 @@ def test_batches_refuse_an_unknown_argument_at_the_call() -> None:
         small_engine("tarec").generate_batches([[1]], topk=3)
 
 
+def test_an_error_in_a_later_batch_says_which():
+    outputs = small_engine("tarec").generate_batches([[1], [2], [3], [99999]], batch_size=3)
+    next(outputs)
+    with pytest.raises(
+        InvalidHistory, match=r"histories\[0\] holds item id 99999.*in the batch from histories\[3\] on"
+    ):
+        next(outputs)
+
+
+def test_eta_alone_does_not_turn_one_step_into_many():
+    engine = small_engine("tarec")
+    with pytest.raises(InvalidArgument, match=r"eta belongs to scheduler='ddim', and this model's own setting is"):
+        engine.generate([[1]], eta=0.0)
+    assert engine.generate([[1]], eta=0.0, num_inference_steps=2, seed=1).num_valid.item() > 0
+
+
 # --- dtypes, backends, folders ----------------------------------------------------------------------------------------
 
 

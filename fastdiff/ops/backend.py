@@ -58,7 +58,7 @@ def _why_no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package 'triton' is not installed"
     if importlib.util.find_spec("fastdiff.kernels") is None:
-        return "fastdiff.kernels is not installed: this checkout was never set up; run `pip install -e .` in it"
+        return "fastdiff.kernels is not installed: this checkout was never set up; run `make build` in it"
     if dtype not in DTYPES["triton"]:
         return f"it computes in float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda":
@@ -99,7 +99,7 @@ class Op:
     def why_not(self, backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
         """Why this op cannot run on `backend` for tensors of `dtype` on `device`; None where it can."""
         reason = why_not(backend, device, dtype)
-        if reason is None and backend != "torch" and backend not in self.implementations:
+        if backend != "torch" and backend not in self.implementations:  # nor would it run on another device
             reason = f"this version of fastdiff has no '{backend}' implementation of {self.name}"
         return reason
 
@@ -144,7 +144,7 @@ def why_no_op(backend: str, device: torch.device | str) -> str | None:
     from fastdiff import ops  # here, not above: the ops import this file
 
     reason = why_not(backend, device)
-    if reason is None and all(op.why_not(backend, device) is not None for op in ops.ALL):
+    if backend != "torch" and not any(backend in op.implementations for op in ops.ALL):
         reason = f"this version of fastdiff has no '{backend}' ops"
     return reason
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from fastdiff.errors import InvalidArgument
 from fastdiff.ops.cpu import library
 from fastdiff.ops.topk_definition import budget, exact_scores, slices
-from fastdiff.ops.user_lists import ChunkedLists, UserLists, dtype_name
+from fastdiff.ops.user_lists import ChunkedLists, UserLists
 
 SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -88,8 +88,8 @@ class ScanTable:
         if dtype is None:
             return replace(cls.build(item_emb, certified=certified), automatic=True)
         if dtype not in SCAN_DTYPES:
-            accepted = ", ".join(dtype_name(known) for known in SCAN_DTYPES)
-            raise InvalidArgument(f"scan_dtype: cannot scan in {dtype_name(dtype)}; accepted: {accepted}")
+            accepted = ", ".join(map(str, SCAN_DTYPES))
+            raise InvalidArgument(f"scan_dtype: must be None or one of {accepted} (got {dtype!r})")
         n_rows, dim = item_emb.shape
         if dtype == torch.float32:
             return cls(dtype, (item_emb,), _pack(item_emb, dtype)[1], n_rows, dim, certified)
