@@ -33,7 +33,7 @@ def cuda_engine(method: str, item_ids: list[Any] | None = None, broken: bool = F
             for name, weight in weights.items()
         }
     checkpoint = Checkpoint(config, default_generation_config(config, 1.0), weights, item_ids)
-    return Engine.from_checkpoint(checkpoint, device="cuda")
+    return Engine.from_checkpoint(checkpoint, device="cuda", backend="triton")
 
 
 @contextmanager

@@ -30,7 +30,9 @@ from fastdiff.errors import BackendUnavailable, InvalidArgument
 from fastdiff.ops.cpu import library
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
-PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
+"""What "auto" tries, by the type of the device. The Triton kernels run where they are named: their tests interpret and
+compile them, but they have not been run on a GPU yet, so nobody gets them unasked."""
 DTYPES = {"cpu": (torch.float32,), "triton": (torch.float32, torch.float16, torch.bfloat16)}
 """The dtypes in which a backend computes; a backend that is not named takes any."""
 

@@ -96,11 +96,10 @@ def test_auto_takes_the_first_that_can_run(op: Op, device: str, runs: str, value
     assert (bound.name, bound.backend, bound(4.0)) == (op.name, runs, value)
 
 
-def test_auto_prefers_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_runs_on_cuda_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
-    assert FAST.bind("auto", "cuda").backend == "triton"
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert FAST.bind("auto", "cuda").backend == "torch"
+    assert FAST.bind("triton", "cuda").backend == "triton"
 
 
 def test_a_named_backend_runs_or_raises_with_the_reason() -> None:
