@@ -27,7 +27,6 @@ from torch import Tensor
 from fastdiff.kernels.causal_transformer import (
     CASES,
     DTYPES,
-    LEAST,
     OPTIONS,
     BlockSizes,
     PackedBlocks,
@@ -36,6 +35,7 @@ from fastdiff.kernels.causal_transformer import (
     project,
     share,
 )
+from fastdiff.kernels.packing import LEAST
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.ops.causal_transformer import BlockWeights
 

@@ -26,11 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels.packing import block_of, blocks_of_64
+from fastdiff.kernels.rows import layer_norm
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.ops.causal_transformer import BlockWeights
 from fastdiff.per_object import packed
 
-LEAST = 16  # of a matrix product's extents
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 """What of a launcher's configuration is for the compiler; the rest are a kernel's constants."""
 
@@ -52,7 +53,7 @@ class BlockSizes:
 
     @property
     def block_d(self) -> int:
-        return max(LEAST, next_power_of_2(self.dim))
+        return block_of(self.dim)
 
     @property
     def block_h(self) -> int:
@@ -60,7 +61,7 @@ class BlockSizes:
 
     @property
     def block_dh(self) -> int:
-        return max(LEAST, next_power_of_2(self.head_dim))
+        return block_of(self.head_dim)
 
     @property
     def block_e(self) -> int:
@@ -68,7 +69,7 @@ class BlockSizes:
 
     @property
     def padded_hidden(self) -> int:
-        return -(-self.hidden // 64) * 64 if self.hidden > 32 else max(LEAST, next_power_of_2(self.hidden))
+        return blocks_of_64(self.hidden)
 
     def constants(self) -> dict[str, int]:
         """What every kernel that acts on rows is compiled for."""
@@ -155,11 +156,6 @@ CASES = (
 """Dtypes and sizes that `python -m fastdiff.kernels.precompile` compiles kernels for."""
 
 
-def with_rows(x: Tensor) -> Tensor:
-    """x [.., n] with a row's entries side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 # --- row by row -------------------------------------------------------------------------------------------------------
 
 
@@ -211,17 +207,6 @@ def project(
     b_key += tl.load(p_vectors + BLOCK_E + o_out)[None, :]
     b_value += tl.load(p_vectors + 2 * BLOCK_E + o_out)[None, :]
     return b_query, b_key, b_value
-
-
-@triton.jit
-def layer_norm(b_x, p_weight, p_bias, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """LayerNorm of rows [R, BLOCK_D] float32 that are 0 from column D on, and stay so."""
-    o_dim = tl.arange(0, BLOCK_D)
-    b_centred = b_x - (tl.sum(b_x, axis=1) / D)[:, None]
-    if D != BLOCK_D:
-        b_centred = tl.where((o_dim < D)[None, :], b_centred, 0.0)
-    b_deviation = tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / D + eps)
-    return b_centred / b_deviation[:, None] * tl.load(p_weight + o_dim)[None, :] + tl.load(p_bias + o_dim)[None, :]
 
 
 @triton.jit

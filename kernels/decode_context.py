@@ -20,19 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.normals import normal_rows
-from fastdiff.kernels.packing import coef_on
+from fastdiff.kernels.packing import block_of, coef_on
 from fastdiff.kernels.padded_transformer import (
     Finish,
     after_attention,
-    block_of,
     dtype_key,
     feed_forward,
     finish_candidates,
     finish_types,
-    layer_norm,
     pack_vectors,
 )
 from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.rows import layer_norm
 from fastdiff.kernels.runtime import device_int
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.kernels.tuning import bucket, choose

@@ -28,12 +28,11 @@ from fastdiff.kernels.causal_transformer import (
     packed_blocks,
     project,
     share,
-    with_rows,
 )
 from fastdiff.kernels.normals import normal_rows
 from fastdiff.kernels.packing import coef_on
 from fastdiff.kernels.precompile import Case
-from fastdiff.kernels.runtime import device_int
+from fastdiff.kernels.runtime import device_int, rows_together
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.noise import Noise
 from fastdiff.ops.causal_transformer import BlockWeights
@@ -240,7 +239,7 @@ def denoise_attention_loop(
     lengths = prefix.lengths.contiguous()
     given, seed, row_key, sample = x_t, lengths, lengths, lengths  # what is not read
     if draws.given is not None:
-        given = with_rows(draws.given)
+        given = rows_together(draws.given)
     if draws.row_key is not None and draws.sample is not None:
         seed, row_key, sample = device_int(draws.seed, device), draws.row_key.contiguous(), draws.sample.contiguous()
     programs = triton.cdiv(n_rows * passes, _ROWS)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.kernels.normals import draw_rows
-from fastdiff.kernels.packing import block, blocks_of_64, join, pack_vector, pack_weight
+from fastdiff.kernels.packing import block_of, blocks_of_64, coef_on, join, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import activate, layer_norm_rows, linear_rows, rows_dot
 from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together, shared_memory
@@ -282,7 +282,7 @@ def _choose(
     block_d, padded, widths = network["BLOCK_D"], network["HIDDEN_PADDED"], network["WIDTHS"]
     widest = max((block_d, *widths))
     weights = itemsize * sum(n_in * n_out for n_in, n_out in itertools.pairwise((block_d, padded, *widths)))
-    held = weights <= (128 << 10 if shared >= _ROOMY else 64 << 10) and block(padded) == padded and len(widths) < 2
+    held = weights <= (128 << 10 if shared >= _ROOMY else 64 << 10) and block_of(padded) == padded and len(widths) < 2
     chunk = (128 if block_d < 256 else 64 if shared >= _ROOMY or itemsize == 4 else 32) // itemsize
     if itemsize == 4 and len(widths) > 1:
         chunk = 16  # what it saves, the rows of both branches of the deeper layers take
@@ -307,7 +307,7 @@ def _pack(sampler: MLPSampler) -> tuple[_Network, Tensor, Tensor, int]:
     where none does."""
     network = packed(sampler.mlp, _pack_network)
     time = torch.nn.functional.pad(sampler.time.detach(), (0, network.w_in.shape[1] - sampler.time.shape[1]))
-    coef = sampler.coef.to(time.device, torch.float32).contiguous()
+    coef = coef_on(sampler.coef, time.device)
     drawing = [step for step, factor in enumerate(sampler.coef[:, 2].tolist()) if factor]
     return network, time.contiguous(), coef, max(drawing, default=-1)
 
@@ -330,14 +330,14 @@ def _pack_network(mlp: MLPWeights) -> _Network:
 
 def _shape(dim: int, hidden: int, widths: list[int]) -> dict[str, Any]:
     """The constants that a network's sizes decide."""
-    blocks = tuple(block(width) for width in widths)
-    if max((block(dim), *blocks)) > _WIDEST:
+    blocks = tuple(block_of(width) for width in widths)
+    if max((block_of(dim), *blocks)) > _WIDEST:
         raise InvalidArgument(
             f"denoise_mlp_loop: on 'triton' the state and the layers after the first hidden one have at most {_WIDEST} "
             f"features (got {[dim, *widths]}); use backend='torch'"
         )
     # the first hidden layer is never whole in registers: any number of blocks of 64 will do
-    padded = block(hidden) if hidden <= 256 or not widths else blocks_of_64(hidden)
+    padded = block_of(hidden) if hidden <= 256 or not widths else blocks_of_64(hidden)
     offsets, offset, n_in = [], 0, padded
     for width in blocks:
         offsets.append(offset)
@@ -349,7 +349,7 @@ def _shape(dim: int, hidden: int, widths: list[int]) -> dict[str, Any]:
         "HIDDEN_PADDED": padded,
         "WIDTHS": blocks,
         "OFFSETS": tuple(offsets),
-        "BLOCK_D": block(dim),
+        "BLOCK_D": block_of(dim),
     }
 
 

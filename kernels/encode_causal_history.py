@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,15 +22,14 @@ from fastdiff.kernels.causal_history import (
 from fastdiff.kernels.causal_transformer import (
     CASES,
     DTYPES,
-    LEAST,
     OPTIONS,
     finish_block,
-    layer_norm,
     share,
-    with_rows,
 )
+from fastdiff.kernels.packing import block_of, pack_vector
 from fastdiff.kernels.precompile import Case
-from fastdiff.kernels.runtime import next_power_of_2
+from fastdiff.kernels.rows import layer_norm
+from fastdiff.kernels.runtime import rows_together
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
 from fastdiff.per_object import packed
 
@@ -186,7 +184,7 @@ def encode_causal_history(
     keys_values = item_table.new_empty(1, 1, most_rows, 2 * dim)
     longest = max(1, items.shape[1])
     histories = Histories.of(blocks, lengths.contiguous(), longest, window, 1, pads.keys_values, keys_values)
-    items, item_table = with_rows(items), with_rows(item_table)
+    items, item_table = rows_together(items), rows_together(item_table)
     weight, bias, norm_eps = norm
     configuration = histories.configuration()
     tiles = (triton.cdiv(histories.most_rows, configuration["BLOCK_R"]),)
@@ -243,8 +241,7 @@ def _finish_last(histories: Histories, pad_output: Tensor, last: Tensor) -> None
 
 def _norm_vector(values: Tensor) -> Tensor:
     """[D] as a LayerNorm in a kernel reads it."""
-    dim = values.shape[0]
-    return F.pad(values.detach().to(torch.float32), (0, max(LEAST, next_power_of_2(dim)) - dim))
+    return pack_vector(values.to(torch.float32), block_of(values.shape[0]))
 
 
 def cases() -> Iterator[Case]:

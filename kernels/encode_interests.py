@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.packing import block, blocks_of_64, pack_vector, pack_weight
+from fastdiff.kernels.packing import block_of, blocks_of_64, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import activate, rows_dot
 from fastdiff.kernels.runtime import next_power_of_2, require, rows_together
@@ -167,10 +167,10 @@ def _pack(extractor: InterestExtractor) -> tuple[Tensor, Tensor, Tensor, Tensor,
     attention = extractor.attention
     assert attention is not None
     (up, up_bias), (down, down_bias) = attention.up, attention.down
-    hidden, interests = blocks_of_64(up_bias.shape[0]), block(extractor.n_interests)
+    hidden, interests = blocks_of_64(up_bias.shape[0]), block_of(extractor.n_interests)
     return (
         attention.positions.detach().contiguous(),
-        pack_weight(up, block(attention.positions.shape[1]), hidden),
+        pack_weight(up, block_of(attention.positions.shape[1]), hidden),
         pack_vector(up_bias, hidden),
         pack_weight(down, hidden, interests),
         pack_vector(down_bias, interests),
@@ -181,16 +181,16 @@ def _choose(
     n_places: int, dim: int, hidden: int, interests: int, itemsize: int
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """The constants of the kernel that the sizes decide, and the options of its launch."""
-    block_d, padded = block(dim), blocks_of_64(hidden)
+    block_d, padded = block_of(dim), blocks_of_64(hidden)
     constants = {
         "N_INTERESTS": interests,
         "DIM": dim,
         "HIDDEN_PADDED": padded,
         "TILE": 16384 // itemsize,
-        "BLOCK_J": min(block(n_places), max(16, (2048 if itemsize == 4 else 4096) // block_d)),
+        "BLOCK_J": min(block_of(n_places), max(16, (2048 if itemsize == 4 else 4096) // block_d)),
         "BLOCK_D": block_d,
         "BLOCK_H": min(padded, 128 // itemsize),
-        "BLOCK_K": block(interests),
+        "BLOCK_K": block_of(interests),
     }
     return constants, {"num_warps": 4 if itemsize == 2 and block_d <= 64 else 8, "num_stages": 2}
 

@@ -24,18 +24,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdiff.kernels.packing import block_of
 from fastdiff.kernels.padded_transformer import (
     Finish,
     after_attention,
-    block_of,
     dtype_key,
     feed_forward,
     finish_candidates,
     finish_types,
-    layer_norm,
     pack_vectors,
 )
 from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.rows import layer_norm
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 from fastdiff.ops.encode_padded_history import PaddedEncoder

@@ -9,15 +9,18 @@ from torch import Tensor
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.per_object import packed
 
+LEAST = 16
+"""What tl.dot takes at least, of each extent."""
 
-def block(n: int) -> int:
+
+def block_of(n: int) -> int:
     """The block that n features stand in: a power of two, and at least what tl.dot takes."""
-    return max(16, next_power_of_2(n))
+    return max(LEAST, next_power_of_2(n))
 
 
 def blocks_of_64(n: int) -> int:
     """The extent of features that a kernel takes in blocks of at most 64: one block of its own, or whole ones of 64."""
-    return block(n) if n <= 64 else -(-n // 64) * 64
+    return block_of(n) if n <= 64 else -(-n // 64) * 64
 
 
 def pack_weight(weight: Tensor, n_in: int, n_out: int) -> Tensor:

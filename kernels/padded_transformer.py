@@ -17,28 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.runtime import next_power_of_2
+from fastdiff.kernels.packing import block_of, pack_weight
+from fastdiff.kernels.rows import activate, layer_norm
 from fastdiff.kernels.tuning import Config
 from fastdiff.ops.padded_transformer import Layer
 
-LEAST = 16  # of the extents of a matrix product
 _SHARED = 72 << 10  # bytes for the tiles that are fetched ahead: what every GPU since sm_80 has, with room for the rest
-
-
-def block_of(n: int) -> int:
-    """The extent that holds n features."""
-    return max(LEAST, next_power_of_2(n))
 
 
 def whole(n: int, unit: int) -> int:
     """n rounded up to whole units."""
     return -(-n // unit) * unit
-
-
-def pack_matrix(weight: Tensor, n_in: int, n_out: int) -> Tensor:
-    """A layer's weight [outputs, inputs] as [n_in, n_out]."""
-    outputs, inputs = weight.shape
-    return F.pad(weight.detach().T, (0, n_out - outputs, 0, n_in - inputs)).contiguous()
 
 
 def pack_vectors(extent: int, *vectors: Tensor) -> Tensor:
@@ -68,9 +57,9 @@ class Finish:
         block_d, tile = block_of(dim), 64
         hidden = whole(up[0].shape[0], tile)
         return cls(
-            pack_matrix(out[0], whole(depth, tile), block_d),
-            pack_matrix(up[0], block_d, hidden),
-            pack_matrix(down[0], hidden, block_d),
+            pack_weight(out[0], whole(depth, tile), block_d),
+            pack_weight(up[0], block_d, hidden),
+            pack_weight(down[0], hidden, block_d),
             pack_vectors(block_d, out[1], *norm_1, down[1], *norm_2),
             pack_vectors(hidden, up[1])[0],
             depth,
@@ -120,24 +109,6 @@ def dtype_key(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def layer_norm(b_x, p_weight, p_bias, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """LayerNorm of rows [R, BLOCK_D] float32 that are 0 from column D on, and stay so."""
-    o_dim = tl.arange(0, BLOCK_D)
-    b_centred = b_x - (tl.sum(b_x, axis=1) / D)[:, None]
-    if D != BLOCK_D:
-        b_centred = tl.where((o_dim < D)[None, :], b_centred, 0.0)
-    b_deviation = tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / D + eps)
-    b_weight, b_bias = tl.load(p_weight + o_dim), tl.load(p_bias + o_dim)
-    return b_centred / b_deviation[:, None] * b_weight[None, :] + b_bias[None, :]
-
-
-@triton.jit
-def activate(b_x, GELU: tl.constexpr):
-    """gelu (by erf) or relu."""
-    return 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476)) if GELU else tl.maximum(b_x, 0.0)
-
-
-@triton.jit
 def feed_forward(
     b_h,
     p_shared,
@@ -168,7 +139,7 @@ def feed_forward(
             b_weight = tl.load(p_up + o_in[:, None] * F + o_unit[None, :])
             b_up = tl.dot(b_input, b_weight, b_up, input_precision="ieee")
         b_weight = tl.load(p_down + o_unit[:, None] * BLOCK_D + o_dim[None, :])
-        b_up = activate(b_up, GELU).to(p_down.dtype.element_ty)
+        b_up = activate(b_up, "gelu" if GELU else "relu").to(p_down.dtype.element_ty)
         b_sum = tl.dot(b_up, b_weight, b_sum, input_precision="ieee")
     return b_sum
 

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.kernels.causal_history import Histories, project_and_store, row_cases, user_of
-from fastdiff.kernels.causal_transformer import share, with_rows
+from fastdiff.kernels.causal_transformer import share
 from fastdiff.kernels.precompile import Case
+from fastdiff.kernels.runtime import rows_together
 from fastdiff.kernels.sampler_step import unit_rows
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
 from fastdiff.ops.denoise_attention_loop import CausalPrefix
@@ -141,7 +142,7 @@ def prepare_causal_prefix(
         _slots_kernel[programs](lengths, slots, log_pads, empty.view(torch.uint8), window, users, BLOCK=_USERS)
     if users * width:
         histories = Histories.of(blocks, slots, width, window - 1, passes, pads.keys_values, keys_values)
-        condition, items, item_table = with_rows(condition), with_rows(items), with_rows(item_table)
+        condition, items, item_table = rows_together(condition), rows_together(items), rows_together(item_table)
         configuration = histories.configuration()
         _embed_targets_kernel[(triton.cdiv(histories.most_rows, configuration["BLOCK_R"]), passes)](
             condition,

@@ -47,6 +47,17 @@ def layer_norm_rows(b_x, p_norm, eps, DIM: tl.constexpr):
 
 
 @triton.jit
+def layer_norm(b_x, p_weight, p_bias, eps, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """LayerNorm of rows [R, BLOCK_D] float32 that are 0 from column D on, and stay so."""
+    o_dim = tl.arange(0, BLOCK_D)
+    b_centred = b_x - (tl.sum(b_x, axis=1) / D)[:, None]
+    if D != BLOCK_D:
+        b_centred = tl.where((o_dim < D)[None, :], b_centred, 0.0)
+    b_deviation = tl.sqrt_rn(tl.sum(b_centred * b_centred, axis=1) / D + eps)
+    return b_centred / b_deviation[:, None] * tl.load(p_weight + o_dim)[None, :] + tl.load(p_bias + o_dim)[None, :]
+
+
+@triton.jit
 def activate(b_h, KIND: tl.constexpr):
     """gelu (by erf), relu, silu or tanh; each leaves 0 at 0."""
     if KIND == "gelu":
