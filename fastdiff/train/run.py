@@ -1,0 +1,174 @@
+"""`train()`: one recipe on one data set, from nothing (or from where a run stopped) to a model folder with its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from fastdiff.arguments import check_device
+from fastdiff.checkpoint import Checkpoint, write_folder
+from fastdiff.config import ModelConfig
+from fastdiff.engine import Engine
+from fastdiff.errors import FastdiffError, InvalidArgument
+from fastdiff.evaluate import evaluate
+from fastdiff.train.data import TrainingData
+from fastdiff.train.recipe import QueryModel, Recipe, Settings
+from fastdiff.train.run_folder import MODEL_FOLDER, RESULT_FILE, RunFolder
+from fastdiff.train.trainer import Trainer
+from fastdiff.train.validation import TOP_KS, measure
+
+METHODS = ("adrec", "tarec", "dreamrec", "cddrec", "dimerec", "sasrec")
+PRECISIONS = ("float32", "bfloat16")
+NUMBERS_OF_STEPS = (1, 2, 5, 10)
+
+
+def recipe_class(method: str) -> type[Recipe]:
+    """The recipe of a method, from the file of its name."""
+    if method not in METHODS:
+        raise InvalidArgument(f"train: unknown method {method!r}; known methods: {', '.join(METHODS)}")
+    module = importlib.import_module(f"fastdiff.train.{method}")
+    (kind,) = {
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Recipe) and getattr(value, "method", None) == method
+    }
+    return kind
+
+
+def train(
+    method: str,
+    data: TrainingData,
+    folder: str | Path,
+    settings: Settings | None = None,
+    seed: int = 2025,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    resume: bool = False,
+    minutes: float | None = None,
+    show_progress: bool = True,
+    say: Callable[[str], None] = tqdm.write,
+) -> dict[str, Any]:
+    """Train and write `folder` (see `run_folder`); returns what its result.json holds.
+
+    settings   of the method's recipe; None: its defaults
+    seed       one seed, one result (on one machine, with one number of threads, on a CPU)
+    device     "cpu", "cuda", "cuda:N"
+    precision  "float32"; "bfloat16" runs the losses under autocast, weights and optimizer stay float32
+    resume     go on with the run in `folder`, which must be of the same method, settings, data and seed
+    minutes    stop after so long with `Interrupted`; the state is saved
+    """
+    kind = recipe_class(method)
+    settings = kind.Settings() if settings is None else settings
+    if not isinstance(settings, kind.Settings):
+        raise InvalidArgument(
+            f"train: settings must be {kind.Settings.__name__}, those of {method} (got {type(settings).__name__})"
+        )
+    if precision not in PRECISIONS:
+        raise InvalidArgument(f"train: precision must be one of {', '.join(PRECISIONS)} (got {precision!r})")
+    place = check_device(device, torch.device("cpu"))
+    run = RunFolder(folder)
+    record = {
+        "method": method,
+        "seed": seed,
+        "precision": precision,
+        "device": place.type,
+        "data": data_digest(data),
+        **{f"settings.{name}": value for name, value in json.loads(json.dumps(dataclasses.asdict(settings))).items()},
+    }
+    state = run.open(record, resume)
+    torch.manual_seed(seed)
+    recipe = kind(settings, data).to(place)
+    trainer = Trainer(recipe, run, seed, precision, minutes, show_progress, say)
+    trainer.run(state)
+    return _finish(recipe, trainer, run, seed)
+
+
+def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int) -> dict[str, Any]:
+    stage = trainer.stages[-1]
+    recipe.eval()
+    with torch.no_grad():
+        model = recipe.model(stage)
+    result: dict[str, Any] = {
+        "method": recipe.method,
+        "seed": seed,
+        "epochs": {name: epoch for name, epoch in _last_epochs(trainer).items()},
+        "seconds": round(trainer.log[-1][3], 1) if trainer.log else 0.0,
+        "parameters": sum(parameter.numel() for parameter in recipe.parameters()),
+        "valid": measure(recipe, stage, recipe.data.valid),
+        "test": measure(recipe, stage, recipe.data.test),
+    }
+    if isinstance(model, QueryModel):
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in recipe.state_dict().items()}
+        save_file(weights, run.path / "weights.safetensors")
+    else:
+        write_folder(run.path / MODEL_FOLDER, model)
+        run.write_steps(measure_steps(recipe, model))
+    run.write_json(RESULT_FILE, result)
+    return result
+
+
+def _last_epochs(trainer: Trainer) -> dict[str, int]:
+    last: dict[str, int] = {}
+    for stage, epoch, *_ in trainer.log:
+        last[stage] = epoch
+    return last
+
+
+# --- accuracy against the number of steps -----------------------------------------------------------------------------
+
+
+def samplers(config: ModelConfig) -> list[tuple[str, int]]:
+    """(scheduler, number of steps) to compare: 1, 2, 5, 10 and all steps of each sampler that the method has."""
+    total = config.schedule.num_train_timesteps
+    if config.method == "cddrec":
+        return [("one_step", 1)]
+    counts = [*(n for n in NUMBERS_OF_STEPS if n < total), total]
+    chosen = [(scheduler, n) for scheduler in ("ddpm", "ddim") for n in counts]
+    if config.method == "dimerec":
+        chosen = [("ddpm", n) for n in counts]
+    if config.method == "tarec":
+        chosen = [("one_step", 1), *chosen]
+    if getattr(config, "denoiser", None) == "mlp1":
+        chosen.append(("closed_form", total))
+    return chosen
+
+
+def measure_steps(recipe: Recipe, model: Checkpoint, limit: int = 5000) -> list[tuple[str, int, str, float]]:
+    """(scheduler, steps, name, value) on the first `limit` validation users: HR@20, NDCG@20, seconds per user."""
+    engine = Engine.from_checkpoint(model, device=recipe.device)
+    rows: list[tuple[str, int, str, float]] = []
+    instances = recipe.data.valid[:limit]
+    for scheduler, steps in samplers(engine.config):
+        given = {"scheduler": scheduler}
+        if scheduler in ("ddpm", "ddim"):
+            given["num_inference_steps"] = steps
+        settings = recipe.validation_settings(recipe.stages()[-1])
+        started = time.perf_counter()
+        found = evaluate(engine, instances, top_ks=TOP_KS, show_progress=False, **{**settings, **given})
+        seconds = (time.perf_counter() - started) / len(instances)
+        rows += [(scheduler, steps, name, found.metrics[name]) for name in ("HR@20", "NDCG@20")]
+        rows.append((scheduler, steps, "seconds_per_user", seconds))
+    return rows
+
+
+def data_digest(data: TrainingData) -> str:
+    """A short hash of everything that is learned from or measured on."""
+    total = hashlib.sha256(repr(list(data.item_ids)).encode())
+    for sequence in data.sequences:
+        total.update(sequence.tobytes() + b";")
+    for instances in (data.valid, data.test):
+        total.update(repr([(row.history, row.target) for row in instances]).encode())
+    return total.hexdigest()[:16]
+
+
+__all__ = ["FastdiffError", "data_digest", "recipe_class", "samplers", "train"]

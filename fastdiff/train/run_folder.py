@@ -1,0 +1,114 @@
+"""The folder of a training run, and the state from which it goes on after a kill at any moment.
+
+run.json      what the run is made from: method, settings, data, seed; a run is resumed only under the same
+state.pt      everything that the next batch depends on; replaced as a whole (written beside it, then renamed)
+log.csv       stage,epoch,step,seconds,name,value: losses, learning rates, speed, metrics of the validations
+steps.csv     scheduler,num_steps,name,value: accuracy and time by number of sampling steps, at the end
+training.png  all of it as one page of plots
+model/        the result, as `fastdiff.from_pretrained` loads it
+result.json   the metrics of the result
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff.errors import DataError, InvalidArgument
+
+RUN_FILE, STATE_FILE, LOG_FILE, STEPS_FILE = "run.json", "state.pt", "log.csv", "steps.csv"
+MODEL_FOLDER, RESULT_FILE = "model", "result.json"
+LOG_COLUMNS = ("stage", "epoch", "step", "seconds", "name", "value")
+STEPS_COLUMNS = ("scheduler", "num_steps", "name", "value")
+
+State = dict[str, Any]
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def open(self, record: dict[str, Any], resume: bool) -> State | None:
+        """Begin a run (None), or its state where one is resumed. Nothing that is there is ever overwritten unasked."""
+        file = self.path / RUN_FILE
+        if not file.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise InvalidArgument(
+                    f"--output: {self.path} exists and holds no training run; give the name of a new folder"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json(RUN_FILE, record)
+            return None
+        if not resume:
+            raise InvalidArgument(
+                f"--output: {self.path} holds a training run; give --resume to go on with it, or another folder"
+            )
+        before = _read_json(file)
+        names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
+        if names:
+            told = "; ".join(f"{name} was {_short(before.get(name))}, now {_short(record.get(name))}" for name in names)
+            raise InvalidArgument(f"--resume: {self.path} was made otherwise: {told}; give the same, or another folder")
+        return self.load_state()
+
+    def load_state(self) -> State | None:
+        path = self.path / STATE_FILE
+        if not path.exists():
+            return None
+        try:
+            state: State = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise DataError(
+                f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); give another folder to begin again"
+            ) from error
+        return state
+
+    def save_state(self, state: State) -> None:
+        fresh = self.path / f"{STATE_FILE}.new"
+        with fresh.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self.path / STATE_FILE)
+
+    def write_log(self, rows: Iterable[Sequence[Any]]) -> None:
+        """The whole log: it is kept in the state, so that a resumed run's is an unbroken one's."""
+        self._write_csv(LOG_FILE, LOG_COLUMNS, rows)
+
+    def write_steps(self, rows: Iterable[Sequence[Any]]) -> None:
+        self._write_csv(STEPS_FILE, STEPS_COLUMNS, rows)
+
+    def write_json(self, name: str, value: Any) -> None:
+        fresh = self.path / f"{name}.new"
+        fresh.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(fresh, self.path / name)
+
+    def _write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        fresh = self.path / f"{name}.new"
+        with fresh.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(rows)
+        os.replace(fresh, self.path / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); give another folder") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not the record of a training run; give another folder")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else text[:197] + "..."

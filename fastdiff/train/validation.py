@@ -1,0 +1,59 @@
+"""How good a recipe's model is at a point of its training, by the engine that will run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.catalog import ItemCatalog
+from fastdiff.data import Instance
+from fastdiff.engine import Engine
+from fastdiff.evaluate import evaluate
+from fastdiff.metrics import RankingMetrics
+from fastdiff.train.data import TrainingData
+from fastdiff.train.recipe import QueryModel, Recipe, Stage
+
+TOP_KS = (5, 10, 20)
+BATCH = 512
+
+
+def measure(
+    recipe: Recipe, stage: Stage, instances: Sequence[Instance], seed: int = 0, **arguments: Any
+) -> dict[str, float]:
+    """ "HR@20", "NDCG@20", ... of the recipe's present weights; further arguments go to `fastdiff.evaluate.evaluate`.
+
+    The network is left as it was, and so are the global random generators.
+    """
+    training = recipe.training
+    recipe.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(recipe.device)):
+            model = recipe.model(stage)
+            if isinstance(model, QueryModel):
+                return measure_queries(model, recipe.data, instances)
+            engine = Engine.from_checkpoint(model, device=recipe.device)
+            given = {**recipe.validation_settings(stage), **arguments}
+            result = evaluate(engine, instances, top_ks=TOP_KS, seed=seed, show_progress=False, **given)
+            return result.metrics
+    finally:
+        recipe.train(training)
+
+
+def measure_queries(model: QueryModel, data: TrainingData, instances: Sequence[Instance]) -> dict[str, float]:
+    """The same for a model that maps histories to queries. All items are candidates, seen ones too."""
+    catalog = ItemCatalog(model.item_emb)
+    metrics = RankingMetrics(TOP_KS, range(data.n_items))
+    for start in range(0, len(instances), BATCH):
+        batch = instances[start : start + BATCH]
+        histories = [[data.numbers[item] for item in instance.history] for instance in batch]
+        query: Tensor = model.encode(histories)
+        top = catalog.topk(query.float(), TOP_KS[-1])
+        metrics.update(top.rows.cpu(), [data.numbers[instance.target] for instance in batch])
+    return metrics.compute()
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
