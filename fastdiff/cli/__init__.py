@@ -1,4 +1,4 @@
-"""The command line: `fastdiff generate | evaluate | convert | env`.
+"""The command line: `fastdiff generate | evaluate | train | convert | env`.
 
 Results go to stdout, everything that is said about them to stderr. Exit codes: 0 done, 2 what was given is wrong (one
 line says what), 130 interrupted. A command is only a thin layer: it calls what a Python user would call.
@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 import fastdiff
-from fastdiff.cli import convert, env, evaluate, generate
+from fastdiff.cli import convert, env, evaluate, generate, train
 from fastdiff.errors import FastdiffError
 
-COMMANDS = (generate, evaluate, convert, env)
+COMMANDS = (generate, evaluate, train, convert, env)
 
 _DESCRIPTION = """\
 Recommendations from diffusion-based sequential recommenders: ADRec, TA-Rec, CDDRec, DimeRec, DreamRec.
@@ -23,6 +23,7 @@ Recommendations from diffusion-based sequential recommenders: ADRec, TA-Rec, CDD
   fastdiff convert  --method adrec --weights best.pth --settings config.yaml --output my-model
   fastdiff generate my-model --history "3 17 256"
   fastdiff evaluate my-model sequences.txt
+  fastdiff train    tarec sequences.txt --output runs/tarec
   fastdiff env
 """
 

@@ -116,3 +116,13 @@ def prefixes(sequences: Iterable[Numbers], shortest: int = 1) -> Iterator[tuple[
 def read(path: str | Path) -> TrainingData:
     """Leave-one-out data of a sequence file or a RecBole .inter file."""
     return leave_one_out(SequenceFile(path))
+
+
+def describe(data: TrainingData) -> list[str]:
+    """What a reader should know of the data before a long run starts."""
+    interactions = sum(map(len, data.sequences))
+    return [
+        f"{len(data.sequences):,} users, {data.n_items:,} items, {interactions:,} interactions to learn from, "
+        f"{len(data.valid):,} to validate on, {len(data.test):,} to test on",
+        *data.notes,
+    ]

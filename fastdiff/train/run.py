@@ -1,4 +1,4 @@
-"""`train()`: one recipe on one data set, from nothing (or from where a run stopped) to a model folder with its figures."""
+"""`train()`: one recipe on one data set, from nothing or from where a run stopped, to a model folder with its figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastdiff.arguments import check_device
 from fastdiff.checkpoint import Checkpoint, write_folder
 from fastdiff.config import ModelConfig
 from fastdiff.engine import Engine
-from fastdiff.errors import FastdiffError, InvalidArgument
+from fastdiff.errors import InvalidArgument
 from fastdiff.evaluate import evaluate
 from fastdiff.train.data import TrainingData
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
@@ -101,7 +101,7 @@ def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int) -> dict
     result: dict[str, Any] = {
         "method": recipe.method,
         "seed": seed,
-        "epochs": {name: epoch for name, epoch in _last_epochs(trainer).items()},
+        "epochs": _last_epochs(trainer),
         "seconds": round(trainer.log[-1][3], 1) if trainer.log else 0.0,
         "parameters": sum(parameter.numel() for parameter in recipe.parameters()),
         "valid": measure(recipe, stage, recipe.data.valid),
@@ -149,7 +149,7 @@ def measure_steps(recipe: Recipe, model: Checkpoint, limit: int = 5000) -> list[
     rows: list[tuple[str, int, str, float]] = []
     instances = recipe.data.valid[:limit]
     for scheduler, steps in samplers(engine.config):
-        given = {"scheduler": scheduler}
+        given: dict[str, Any] = {"scheduler": scheduler}
         if scheduler in ("ddpm", "ddim"):
             given["num_inference_steps"] = steps
         settings = recipe.validation_settings(recipe.stages()[-1])
@@ -169,6 +169,3 @@ def data_digest(data: TrainingData) -> str:
     for instances in (data.valid, data.test):
         total.update(repr([(row.history, row.target) for row in instances]).encode())
     return total.hexdigest()[:16]
-
-
-__all__ = ["FastdiffError", "data_digest", "recipe_class", "samplers", "train"]

@@ -308,8 +308,8 @@ class Trainer:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
 def _permutation(n: int, seed: int, stage: int, epoch: int) -> Tensor:

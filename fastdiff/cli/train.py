@@ -1,0 +1,112 @@
+"""`fastdiff train`: a paper's recipe on a file of sequences, to a folder that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from fastdiff.cli.options import new_parser
+from fastdiff.errors import InvalidArgument
+
+_DESCRIPTION = """\
+Train a model by its paper's recipe, with validation by the fast engine and early stopping.
+
+  fastdiff train adrec sequences.txt --output runs/adrec
+  fastdiff train tarec office.inter --preset amazon-office --set num_train_timesteps=500 --output runs/tarec --seed 1
+  fastdiff train adrec --show-settings
+
+DATA holds one user per line, `user item item ...`, oldest item first; or it is a RecBole .inter file. The last item of
+each user is tested on, the one before it validated on (--split says otherwise). RUN/model is the result: give it to
+`fastdiff evaluate` and `fastdiff generate`. Beside it: log.csv, steps.csv, training.png, result.json, and the state of
+the run. Whatever ends a run, a kill too, the same command with --resume goes on with it, to the same result.
+
+method: adrec, tarec, dreamrec, cddrec, dimerec; and sasrec, the discriminative yardstick, which the engine does not run.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = new_parser(commands, run, "train", "train a model by its paper's recipe", _DESCRIPTION)
+    parser.add_argument("method", help="adrec, tarec, dreamrec, cddrec, dimerec or sasrec")
+    parser.add_argument("data", nargs="?", help="a sequence file or a RecBole .inter file")
+    parser.add_argument("--output", metavar="RUN", help="folder of the run; must be new, or be given with --resume")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; --resume goes on")
+    recipe = parser.add_argument_group("the recipe")
+    recipe.add_argument("--preset", metavar="NAME", help="settings that ship with fastdiff, named after a data set")
+    recipe.add_argument("--settings", metavar="FILE", help="a YAML file of settings")
+    recipe.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
+    recipe.add_argument("--show-settings", action="store_true", help="print the settings and presets, and do nothing")
+    recipe.add_argument("--seed", type=int, default=2025, help="one seed, one result (default: 2025)")
+    machine = parser.add_argument_group("the machine")
+    machine.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    machine.add_argument("--precision", default="float32", help="float32, or bfloat16: autocast (default: float32)")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's)")
+    machine.add_argument("--no-progress", action="store_true", help="no progress bar on stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from fastdiff.train.data import describe, read
+    from fastdiff.train.run import recipe_class, train
+    from fastdiff.train.settings_file import load_settings, parse_assignments, presets
+    from fastdiff.train.trainer import Interrupted
+
+    kind = recipe_class(args.method)
+    settings = load_settings(args.method, kind.Settings, args.preset, args.settings, parse_assignments(args.set))
+    if args.show_settings:
+        for name, value in dataclasses.asdict(settings).items():
+            print(f"{name} = {value}")
+        for name, values in presets(args.method).items():
+            print(f"preset {name}: {', '.join(f'{field}={value}' for field, value in values.items()) or 'as above'}")
+        return 0
+    if args.data is None or args.output is None:
+        args.usage_error("DATA and --output are needed")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise InvalidArgument(f"--threads: must be at least 1 (got {args.threads})")
+        torch.set_num_threads(args.threads)
+
+    def say(line: str) -> None:
+        from tqdm.auto import tqdm
+
+        tqdm.write(line, file=sys.stderr)
+
+    data = read(args.data)
+    for line in describe(data):
+        say(line)
+    try:
+        result = train(
+            args.method,
+            data,
+            args.output,
+            settings,
+            seed=args.seed,
+            device=args.device,
+            precision=args.precision,
+            resume=args.resume,
+            minutes=args.minutes,
+            show_progress=not args.no_progress,
+            say=say,
+        )
+    except Interrupted as stopped:
+        print(f"fastdiff: {stopped}", file=sys.stderr)
+        return 130
+    print(report(args, result))
+    return 0
+
+
+def report(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    """The figures of a finished run, and what to do with it."""
+    epochs = ", ".join(f"{stage} {epoch}" for stage, epoch in result["epochs"].items())
+    lines = [f"{args.method}: {result['parameters']:,} weights, epochs: {epochs}, {result['seconds']:,.0f} s", ""]
+    lines.append("per cent  " + "".join(f"{name:>9}" for name in ("HR@5", "HR@10", "HR@20", "NDCG@10", "NDCG@20")))
+    for split in ("valid", "test"):
+        values = result[split]
+        cells = "".join(f"{100 * values[name]:>9.2f}" for name in ("HR@5", "HR@10", "HR@20", "NDCG@10", "NDCG@20"))
+        lines.append(f"{split:<10}{cells}")
+    if args.method != "sasrec":
+        lines += ["", f"fastdiff evaluate {args.output}/model {args.data}"]
+    return "\n".join(lines)
