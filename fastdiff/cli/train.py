@@ -22,7 +22,7 @@ each user is tested on, the one before it validated on (--split says otherwise).
 `fastdiff evaluate` and `fastdiff generate`. Beside it: log.csv, steps.csv, training.png, result.json, and the state of
 the run. Whatever ends a run, a kill too, the same command with --resume goes on with it, to the same result.
 
-method: adrec, tarec, dreamrec, cddrec, dimerec; and sasrec, the discriminative yardstick, which the engine does not run.
+method: adrec, tarec, dreamrec, cddrec, dimerec; and sasrec, a discriminative yardstick that the engine does not run.
 """
 
 

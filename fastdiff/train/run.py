@@ -1,4 +1,4 @@
-"""`train()`: one recipe on one data set, from nothing or from where a run stopped, to a model folder with its figures."""
+"""`train()`: one recipe on one data set, from nothing or from where a run stopped, to a model with its figures."""
 
 from __future__ import annotations
 
@@ -86,8 +86,9 @@ def train(
         **{f"settings.{name}": value for name, value in json.loads(json.dumps(dataclasses.asdict(settings))).items()},
     }
     state = run.open(record, resume)
-    torch.manual_seed(seed)
-    recipe = kind(settings, data).to(place)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        recipe = kind(settings, data).to(place)
     trainer = Trainer(recipe, run, seed, precision, minutes, show_progress, say)
     trainer.run(state)
     return _finish(recipe, trainer, run, seed)
