@@ -205,6 +205,7 @@ setup(
         "fastdiff": ["py.typed", "*.pyi"],
         "fastdiff.demo": ["model/*"],
         "fastdiff.kernels": ["configs/*.json"],
+        "fastdiff.train": ["settings/*.yaml"],
     },
     include_package_data=False,
     ext_modules=ext_modules,

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,13 +70,13 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "recipe_class", lambda name: Tiny)
         torch.set_num_threads(1)
         _train(folder)
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize("calls", [0, 1, 7, 13, 14, 45, 57])

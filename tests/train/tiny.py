@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ class TinySettings(Settings):
 
 
 class Tiny(Recipe):
-    """The last item, after dropout, predicts the next one. Stage "table" trains the embeddings, "map" a matrix after."""
+    """The last item, after dropout, predicts the next one. Stage "table" trains the embeddings, "map" the matrix."""
 
     method = "tiny"
     Settings = TinySettings
@@ -39,7 +40,7 @@ class Tiny(Recipe):
         self.map = nn.Linear(DIM, DIM)
         self.reference = nn.Linear(DIM, DIM).requires_grad_(False)
         self.calls = 0
-        self.pairs = torch.tensor([pair for row in data.sequences for pair in zip(row[:-1], row[1:], strict=True)])
+        self.pairs = torch.tensor([pair for row in data.sequences for pair in pairwise(row)])
 
     def stages(self) -> Sequence[Stage]:
         own, options = self.settings, {"cosine_epochs": 4}
