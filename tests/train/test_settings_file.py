@@ -1,5 +1,7 @@
 """Settings of recipes: defaults, presets, files, single values; what is wrong is named."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 
