@@ -1,0 +1,150 @@
+"""`fastdiff train`: what it says, refuses, writes; a process that is killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff import cli
+from fastdiff.train import run as runs
+from tests.train.tiny import Tiny, walks
+
+SMALL = ["--set", "hidden_size=16", "--set", "epochs=2", "--no-progress", "--threads", "1"]
+
+
+@pytest.fixture
+def sequences(tmp_path: Path) -> Path:
+    path = tmp_path / "walks.txt"
+    path.write_text("".join(f"{user.user} {' '.join(map(str, user.items))}\n" for user in walks()))
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "recipe_class", lambda name: Tiny)
+
+
+def test_settings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "sasrec", "--show-settings", "--set", "epochs=7"]) == 0
+    out = capsys.readouterr().out
+    assert "epochs = 7" in out
+    assert "hidden_size = " in out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_a_run_says_and_writes(sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "one"
+    command = ["train", "tiny", str(sequences), "--output", str(folder), "--no-progress"]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "40 users" in err
+    assert "epoch    3" in err
+    result = json.loads((folder / "result.json").read_text())
+    assert f"{100 * result['test']['HR@20']:.2f}" in out
+    with (folder / "log.csv").open() as file:
+        names = {row["name"] for row in csv.DictReader(file)}
+    assert {"loss", "ce", "drift", "learning_rate", "examples_per_second", "HR@20", "NDCG@20"} <= names
+
+    assert cli.main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert json.loads((folder / "result.json").read_text()) == result
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_out_of_time_says_how_to_go_on(
+    sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "tiny", str(sequences), "--output", str(tmp_path / "run"), "--no-progress"]
+    assert cli.main([*command, "--minutes", "0"]) == 130
+    assert "give --resume to go on" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert cli.main([*command, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["gru4rec", "x", "--output", "y"], "unknown method 'gru4rec'; known methods: adrec, tarec"),
+        (["sasrec", "nothing.txt", "--output", "y"], "nothing.txt: there is no such file"),
+        (["sasrec", "x", "--output", "y", "--set", "epoch=3"], "unknown settings epoch"),
+        (["sasrec", "x", "--output", "y", "--preset", "mars"], "no settings named 'mars'"),
+        (["sasrec", "x", "--output", "y", "--threads", "0"], "--threads: must be at least 1 (got 0)"),
+    ],
+)
+def test_what_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("y").exists()
+
+
+def test_data_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "sasrec"])
+    assert "DATA and --output are needed" in capsys.readouterr().err
+
+
+def test_the_result_is_a_model_folder(sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "dreamrec", str(sequences), "--output", str(folder), *SMALL, "--set", "num_train_timesteps=20"]
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    engine = fastdiff.from_pretrained(folder / "model")
+    assert engine.generate([[3, 4, 5]], top_k=3, seed=1).item_ids.shape == (1, 3)
+    with (folder / "steps.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["scheduler"] for row in rows} >= {"ddpm", "ddim"}
+    assert {row["name"] for row in rows} == {"HR@20", "NDCG@20", "seconds_per_user"}
+
+    assert cli.main(["evaluate", str(folder / "model"), str(sequences), "--json", "--no-progress"]) == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["HR@20"] == json.loads((folder / "result.json").read_text())["test"]["HR@20"]
+
+
+def test_a_killed_process_is_resumed_to_the_same_weights(
+    sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(folder: Path) -> list[str]:
+        return ["train", "sasrec", str(sequences), "--output", str(folder), *SMALL, "--set", "epochs=40"]
+
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "fastdiff", *command(folder)], stderr=subprocess.DEVNULL)
+    while not (folder / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert cli.main([*command(folder), "--resume"]) == 0
+    assert cli.main(command(tmp_path / "unbroken")) == 0
+    capsys.readouterr()
+    one, two = (torch.load(run / "state.pt", weights_only=True)["recipe"] for run in (folder, tmp_path / "unbroken"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_bfloat16_runs_the_losses_under_autocast(
+    sequences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    losses = Tiny.losses
+
+    def watched(self: Tiny, *arguments: object) -> object:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return losses(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tiny, "losses", watched)
+    command = ["train", "tiny", str(sequences), "--output", str(tmp_path / "run"), "--no-progress"]
+    assert cli.main([*command, "--precision", "bfloat16"]) == 0
+    assert all(seen)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert all(weight.dtype == torch.float32 for weight in state["recipe"].values())
