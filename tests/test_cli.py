@@ -357,10 +357,10 @@ def test_what_is_there_is_not_destroyed(
 ) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
-    for options in ([], ["--resume"]):
-        assert run.refused(*command, out, *options) == (
-            f"--output: {out} exists; give another name, or --overwrite to replace it"
-        )
+    assert run.refused(*command, out) == f"--output: {out} exists; give another name, or --overwrite to replace it"
+    assert run.refused(*command, out, "--resume") == (
+        f"--resume: {out} is complete, there is nothing to continue; give another name, or --overwrite to replace it"
+    )
     with monkeypatch.context() as patch:
         interrupt_after(1, patch)
         assert run(*command, out, "--overwrite")[0] == 130

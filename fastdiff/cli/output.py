@@ -37,6 +37,11 @@ def check_startable(path: Path, resume: bool, overwrite: bool) -> None:
     if overwrite:
         return
     if path.exists():
+        if resume and not part_of(path).exists():
+            raise InvalidArgument(
+                f"--resume: {path} is complete, there is nothing to continue; give another name, or --overwrite to "
+                "replace it"
+            )
         raise InvalidArgument(f"--output: {path} exists; give another name, or --overwrite to replace it")
     if part_of(path).exists():
         if not resume:
