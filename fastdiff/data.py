@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import math
 import re
-import statistics as stats
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -69,7 +69,7 @@ class SequenceFile:
     """A sequence file or a RecBole `.inter` file as an iterable of `UserSequence`; iterate it as often as needed.
 
     id_type  int or str: what items are. With int, anything else than an integer of 64 bits is a `DataError`
-    notes    what a reader of the file should know, as sentences
+    notes    what a reader of the file should know, as sentences; some are known only when it has been read
     A user with two lines in a sequence file counts as two users.
     """
 
@@ -107,9 +107,23 @@ class SequenceFile:
                 )
             yield UserSequence(user, parse_items(rest[0], self.id_type, where), where)
 
+    def timed(self) -> Iterator[tuple[UserSequence, list[float]]]:
+        """The users of an .inter file with the time of each item, ascending."""
+        if self._columns is None or self._columns.timestamp is None:
+            lacks = "it has no timestamp column" if self._columns else "a sequence file holds no times"
+            raise DataError(
+                f"{self.path}: the times of its interactions are needed, and {lacks}; a RecBole .inter file with the "
+                "columns user_id, item_id and timestamp is accepted"
+            )
+        return self._read_timed(self._columns)
+
     def _read_inter(self, columns: _Columns) -> Iterator[UserSequence]:
+        return (user for user, _ in self._read_timed(columns))
+
+    def _read_timed(self, columns: _Columns) -> Iterator[tuple[UserSequence, list[float]]]:
         users: dict[str, list[tuple[float, ItemId]]] = {}
         lines: dict[str, str] = {}
+        backwards: list[str] = []
         rows = _numbered_lines(self.path)
         next(rows)
         for where, text in rows:
@@ -125,11 +139,23 @@ class SequenceFile:
                     f"{where}: the {'item' if user else 'user'} id is empty (got {_shown(text)}); each row needs both"
                 )
             time = 0.0 if columns.timestamp is None else _timestamp(cells[columns.timestamp], where)
-            users.setdefault(user, []).append((time, _int_id(item, where) if self.id_type is int else item))
+            events = users.setdefault(user, [])
+            if events and time < events[-1][0]:
+                backwards.append(where)
+            events.append((time, _int_id(item, where) if self.id_type is int else item))
             lines.setdefault(user, where)
+        if backwards:
+            self._note(
+                f"{self.path.name} is not in the order of time, and was sorted; interactions older than the one before "
+                f"them of the same user: {len(backwards):,} (the first: {backwards[0]})"
+            )
         for user in _sorted_users(users):
             events = sorted(users[user], key=lambda event: event[0])
-            yield UserSequence(user, [item for _, item in events], lines[user])
+            yield UserSequence(user, [item for _, item in events], lines[user]), [time for time, _ in events]
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:  # the file may be read again
+            self.notes.append(text)
 
 
 def parse_items(text: str, id_type: IdType, where: str) -> list[ItemId]:
@@ -181,7 +207,7 @@ def _int_id(token: str, where: str) -> int:
     if not re.fullmatch(r"-?[0-9]+", token) or int(token) not in _INT64:
         raise DataError(
             f"{where}: item id {_shown(token)} is not an integer of 64 bits; the catalogue's ids are integers, "
-            "and so must be those given"
+            "and so must be those given (`fastdiff train` learns a catalogue of text ids with --text-ids)"
         )
     return int(token)
 
@@ -349,22 +375,47 @@ def check_known(
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a data set holds; lengths are items per user."""
+    """What a data set holds; lengths are items per user.
+
+    lengths  the shortest, the quartiles and the longest
+    repeats  share of the items, a user's first one aside, that are the same as the one just before
+    """
 
     users: int
     items: int
     interactions: int
     mean_length: float
-    median_length: float
+    lengths: tuple[float, float, float, float, float]
+    repeats: float
+
+    @property
+    def median_length(self) -> float:
+        return self.lengths[2]
+
+    @property
+    def density(self) -> float:
+        """interactions / (users * items)"""
+        return self.interactions / max(1, self.users * self.items)
 
 
 def statistics(sequences: Iterable[UserSequence]) -> Statistics:
     """Count users, distinct items and interactions; one pass, in memory proportional to users plus items."""
     items: set[ItemId] = set()
     lengths: list[int] = []
+    repeats = 0
     for sequence in sequences:
         items.update(sequence.items)
         lengths.append(len(sequence.items))
+        repeats += sum(map(eq, sequence.items, sequence.items[1:]))
     if not lengths:
-        return Statistics(0, 0, 0, 0.0, 0.0)
-    return Statistics(len(lengths), len(items), sum(lengths), sum(lengths) / len(lengths), float(stats.median(lengths)))
+        return Statistics(0, 0, 0, 0.0, (0.0,) * 5, 0.0)
+    lowest, first, median, third, highest = map(float, np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]))
+    n = sum(lengths)
+    return Statistics(
+        len(lengths),
+        len(items),
+        n,
+        n / len(lengths),
+        (lowest, first, median, third, highest),
+        repeats / max(1, n - len(lengths)),
+    )

@@ -298,7 +298,11 @@ def test_statistics() -> None:
     found = statistics(rows)
     assert (found.users, found.items, found.interactions) == (3, 4, 6)
     assert (found.mean_length, found.median_length) == (2.0, 1.0)
-    assert statistics([]).users == 0
+    assert found.lengths == (1.0, 1.0, 1.0, 2.5, 4.0)
+    assert found.density == 6 / 12
+    assert found.repeats == 0.0
+    assert statistics([UserSequence("a", [1, 1, 2, 2, 2], ""), UserSequence("b", [1], "")]).repeats == 3 / 4
+    assert (statistics([]).users, statistics([]).density) == (0, 0.0)
 
 
 def test_real_sequences_have_the_recorded_counts(dataset: Callable[[str], Path]) -> None:
