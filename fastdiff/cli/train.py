@@ -33,6 +33,17 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", metavar="RUN", help="folder of the run; must be new, or be given with --resume")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; --resume goes on")
+    data = parser.add_argument_group("the data")
+    data.add_argument(
+        "--split",
+        choices=("leave-one-out", "chronological"),
+        default="leave-one-out",
+        help="chronological: 8:1:1 by the users' last interactions, of .inter files (default: leave-one-out)",
+    )
+    data.add_argument("--text-ids", action="store_true", help="items are text, not integers")
+    data.add_argument("--min-interactions", type=int, default=1, metavar="N", help="leave rarer items out, first")
+    data.add_argument("--min-items", type=int, default=1, metavar="N", help="leave users with fewer items out, then")
+    data.add_argument("--until-stable", action="store_true", help="both again until nothing more is left out")
     recipe = parser.add_argument_group("the recipe")
     recipe.add_argument("--preset", metavar="NAME", help="settings that ship with fastdiff, named after a data set")
     recipe.add_argument("--settings", metavar="FILE", help="a YAML file of settings")
@@ -74,7 +85,14 @@ def run(args: argparse.Namespace) -> int:
 
         tqdm.write(line, file=sys.stderr)
 
-    data = read(args.data)
+    data = read(
+        args.data,
+        args.split,
+        str if args.text_ids else int,
+        min_items=args.min_items,
+        min_interactions=args.min_interactions,
+        until_stable=args.until_stable,
+    )
     for line in describe(data):
         say(line)
     try:
