@@ -22,6 +22,7 @@ from fastdiff.engine import Engine
 from fastdiff.errors import InvalidArgument
 from fastdiff.evaluate import evaluate
 from fastdiff.train.data import TrainingData
+from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
 from fastdiff.train.run_folder import MODEL_FOLDER, RESULT_FILE, RunFolder
 from fastdiff.train.trainer import Trainer
@@ -115,6 +116,10 @@ def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int) -> dict
         write_folder(run.path / MODEL_FOLDER, model)
         run.write_steps(measure_steps(recipe, model))
     run.write_json(RESULT_FILE, result)
+    try:
+        plot_run(run.path)
+    except NoMatplotlib as missing:
+        trainer.say(f"no {PLOT_FILE}: {missing}")
     return result
 
 

@@ -53,6 +53,7 @@ def test_what_a_run_says_and_writes(sequences: Path, tmp_path: Path, capsys: pyt
     assert f"{100 * result['test']['HR@20']:.2f}" in out
     with (folder / "log.csv").open() as file:
         names = {row["name"] for row in csv.DictReader(file)}
+    assert (folder / "training.png").stat().st_size > 10_000
     assert {"loss", "ce", "drift", "learning_rate", "examples_per_second", "HR@20", "NDCG@20"} <= names
 
     assert cli.main(command) == 2
