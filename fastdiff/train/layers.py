@@ -87,21 +87,25 @@ class Packed:
             *windows([torch.as_tensor(h, dtype=torch.int64).numpy() + 1 for h in histories], window, 0, "left")
         )
 
+    def to(self, device: torch.device) -> Packed:
+        items, order, lengths = (x.to(device) for x in (self.items, self.order, self.lengths))
+        return Packed(items, order, lengths, self.groups, self.window)
+
     @property
     def slots(self) -> Tensor:
         """[N], the slot of each row in its window, 0 .. L - 1."""
         parts = [torch.arange(self.window - g.length, self.window).repeat(g.n_users) for g in self.groups]
-        return torch.cat(parts) if parts else self.items
+        return torch.cat(parts).to(self.items.device) if parts else self.items
 
     def per_row(self, values: Tensor) -> Tensor:
         """[N, ..] of values [B, ..] in packed order."""
-        return values.repeat_interleave(self.lengths.to(values.device), dim=0)
+        return values.repeat_interleave(self.lengths, dim=0)
 
     def last(self, rows: Tensor, empty: Tensor) -> Tensor:
         """[B, D] in the batch's own order: the last row of each history of rows [N, D]; `empty` [D] where none is."""
-        ends = torch.where(self.lengths > 0, self.lengths.cumsum(0) - 1, len(rows)).to(rows.device)
+        ends = torch.where(self.lengths > 0, self.lengths.cumsum(0) - 1, len(rows))
         packed = torch.cat([rows, empty.unsqueeze(0)])[ends]
-        return torch.empty_like(packed).index_copy(0, self.order.to(rows.device), packed)
+        return torch.empty_like(packed).index_copy(0, self.order, packed)
 
 
 @dataclass(frozen=True)

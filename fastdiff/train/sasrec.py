@@ -127,11 +127,10 @@ class SASRecNetwork(nn.Module):
 
     def forward(self, batch: Packed) -> tuple[Tensor, Tensor]:
         """o [N, D] of the rows of `batch`, and [D] of an empty history."""
-        device = self.item_embedding.weight.device
-        e = self.item_embedding(batch.items.to(device))
+        e = self.item_embedding(batch.items)
         pads = self.item_embedding.weight[:1].detach()  # the pad's row learns from the loss's catalogue alone
         if self.position_embedding is not None:
-            e = e + self.position_embedding(batch.slots.to(device))
+            e = e + self.position_embedding(batch.slots)
             pads = pads + self.position_embedding.weight
         rows, after = self.trm_encoder(
             self.dropout(self.LayerNorm(e)), batch, PadRows(self.LayerNorm(pads).unsqueeze(0))
@@ -140,7 +139,7 @@ class SASRecNetwork(nn.Module):
 
     def encode(self, histories: Sequence[Sequence[int]]) -> Tensor:
         """Queries [B, D] of histories of item numbers."""
-        batch = Packed.of_histories(histories, self.window)
+        batch = Packed.of_histories(histories, self.window).to(self.item_embedding.weight.device)
         return batch.last(*self(batch))
 
     def query_model(self) -> QueryModel:
@@ -206,15 +205,15 @@ class SASRec(Recipe):
         return len(self.examples)
 
     def losses(self, stage: Stage, examples: Tensor) -> dict[str, Tensor]:
-        batch, targets = self.examples.batch(examples)
+        packed, targets = self.examples.batch(examples)
+        batch, targets = packed.to(self.device), targets.to(self.device)
         rows, _ = self.network(batch)
         table = self.network.item_embedding
         if self.settings.loss == "ce":
-            return {"ce": cross_entropy(rows, table.weight, targets.to(self.device))}
-        users = batch.per_row(self.examples.users[examples][batch.order])
-        others = self.draw_others(users).to(self.device)
-        wanted = (rows * table(targets.to(self.device))).sum(1)
-        unwanted = (rows * table(others)).sum(1)
+            return {"ce": cross_entropy(rows, table.weight, targets)}
+        users = packed.per_row(self.examples.users[examples][packed.order])
+        wanted = (rows * table(targets)).sum(1)
+        unwanted = (rows * table(self.draw_others(users).to(self.device))).sum(1)
         return {"bce": -(F.logsigmoid(wanted) + F.logsigmoid(-unwanted)).mean()}
 
     def draw_others(self, users: Tensor) -> Tensor:
