@@ -203,7 +203,8 @@ def diffuse(x_start: Tensor, alphas_cumprod: Tensor, noise: Tensor, geodesic: bo
     if not geodesic:
         return x_t
     norm = x_t.norm(dim=1, keepdim=True)
-    return norm.cos() * x_start + norm.sin() * x_t / (norm + 1e-8)
+    moved: Tensor = norm.cos() * x_start + norm.sin() * x_t / (norm + 1e-8)
+    return moved
 
 
 def drop_condition(c: Tensor, pads: PadRows, dropped: Tensor, batch: Packed) -> tuple[Tensor, PadRows]:
@@ -317,8 +318,8 @@ class ADRec(Recipe):
             c, pads = drop_condition(c, pads, dropped, batch)
         o = network.denoise(c, pads, x_t, timesteps, batch, table)
 
-        share = batch.per_row(1.0 / batch.lengths) / len(batch.lengths)  # of a row in the mean over users
-        mse = ((o - y).square().mean(1) * share.to(o.dtype)).sum()
+        share = batch.per_row(batch.lengths.to(o.dtype).reciprocal()) / len(batch.lengths)  # in the mean over users
+        mse = ((o - y).square().mean(1) * share).sum()
         return {"ce": 0.5 * cross_entropy(o, table, targets), "mse": 0.5 * self.settings.mse_weight * mse}
 
     def backward(self, stage: Stage, losses: dict[str, Tensor]) -> None:
