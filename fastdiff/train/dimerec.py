@@ -10,6 +10,7 @@ them, generates the item to recommend. `fastdiff/models/dimerec.py` has both net
     L_ssm   = -log softmax_i(f(x_t, t, g_1 .. g_K) . e_i)[a]                            [paper]
 
     x_t     = exp_{x_0}(v),  v = sqrt(1 - abar_t) eps,  eps ~ N(0, I),  t uniform       [paper, Algorithm 1]
+              a draw, through which no gradient flows                                   [ours]
     exp_x(v) = cos|v| x + sin|v| v / |v|                                                [paper]
 
 No code of the authors is public, and of the paper only its figure, the equations above and its two algorithm boxes were
@@ -65,7 +66,7 @@ class DimeRecSettings(Settings):
     hidden_size         D of items, interests and states
     max_seq_len         L, how many items of a history are read
     n_interests         K
-    guidance_extractor  "self_attention" (of Cen et al. 2020, [paper]: the main one) or "last_items" ([paper]: a variant)
+    guidance_extractor  "self_attention" (of Cen et al. 2020; [paper]'s main one) or "last_items" (a variant of [paper])
     mlp_widths          hidden widths of the denoiser; () makes it one linear layer
     mlp_activation      between its layers
     start_at_guidance   the denoiser begins as f = the mean of the interests (`start_at_guidance`), not at random
@@ -74,7 +75,7 @@ class DimeRecSettings(Settings):
 
     The chain: betas of `schedule`, T of them.
     num_train_timesteps, schedule, beta_start, beta_end     of `fastdiff.schedule.ScheduleConfig`
-    first_timestep      t is drawn from first_timestep .. T. [paper] 0, where x_t is x_0 itself and the step is never run
+    first_timestep      t is drawn from first_timestep .. T; [paper] 0, where x_t is x_0 and which is never run
     tangent             project eps on the tangent space at x_0; [paper] False
     quarter_circle      the length of the walk, as the module's docstring has it; [paper] False
 
@@ -186,7 +187,7 @@ class DimeRecNetwork(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def interests(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """g `[B, n + 1, K, D]` of the first 0, 1, .. n items of each history; of prefixes beyond a history's length, too.
+        """g `[B, n + 1, K, D]` of the first 0, 1, .. n items of each history; beyond its length they mean nothing.
 
         items    [B, n] rows of the table, oldest first, the pad row after the first `lengths` of them; n at most L
         lengths  [B]
@@ -232,9 +233,10 @@ def start_at_guidance(network: DimeRecNetwork) -> None:
     SiLU: a network that starts by recommending what is like the history, as one with residual connections does.
     """
     config, dim = network.config, network.config.hidden_size
+    one = torch.eye(dim).to(network.item_embeddings.weight)
     blocks, carried = {"x": 1, "t": 1, "g": config.n_interests}, []
     for name in config.mlp_input_order:
-        carried += [torch.eye(dim) * (name == "g") / config.n_interests] * blocks[name]
+        carried += [one * (name == "g") / config.n_interests] * blocks[name]
     a = torch.cat(carried, dim=1)
     for i, layer in enumerate(network.denoiser):
         assert isinstance(layer, nn.Linear)
@@ -243,7 +245,7 @@ def start_at_guidance(network: DimeRecNetwork) -> None:
         layer.weight[: len(rows), : rows.shape[1]] = rows
         layer.weight[: len(rows), rows.shape[1] :] *= 0.1
         layer.bias[: len(rows)] = 0.0
-        a = torch.cat([torch.eye(dim), -torch.eye(dim)], dim=1)
+        a = torch.cat([one, -one], dim=1)
 
 
 # --- the recipe -------------------------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ class DimeRec(Recipe):
         return self.loss_terms(prefixes[is_target], items[is_target])
 
     def loss_terms(self, g: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The three losses, weighted, averaged over the interests g `[R, K, D]` of histories and what came next `[R]`."""
+        """The weighted losses, means over R: interests g `[R, K, D]` of histories, and the rows that came next `[R]`."""
         s, network = self.settings, self.network
         candidates = _Candidates.draw(self.item_vectors(), targets - self.config.first_item_row, s.negatives)
 
