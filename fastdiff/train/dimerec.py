@@ -311,7 +311,7 @@ class DimeRec(Recipe):
         return self.loss_terms(prefixes[is_target], items[is_target])
 
     def loss_terms(self, g: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The weighted losses, means over R: interests g `[R, K, D]` of histories, and the rows that came next `[R]`."""
+        """The weighted losses, means over R, of interests g `[R, K, D]` of histories and the rows that came next `[R]`."""
         s, network = self.settings, self.network
         candidates = _Candidates.draw(self.item_vectors(), targets - self.config.first_item_row, s.negatives)
 
