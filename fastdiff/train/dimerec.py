@@ -107,10 +107,10 @@ class DimeRecSettings(Settings):
     init_std: float = 0.1
     dropout: float = 0.3
 
-    num_train_timesteps: int = 50
+    num_train_timesteps: int = 10
     schedule: str = "linear"
-    beta_start: float = 0.002
-    beta_end: float = 0.4
+    beta_start: float = 0.7
+    beta_end: float = 0.9
     first_timestep: int = 1
     tangent: bool = True
     quarter_circle: bool = True
@@ -207,7 +207,7 @@ class DimeRecNetwork(nn.Module):
         logits = logits.transpose(1, 2)[:, None]  # [B, 1, K, n]
         weights = torch.softmax(logits.masked_fill(~in_prefix[:, None], -math.inf), dim=-1)  # [B, n, K, n]
         values = embedded + self.position_embeddings.weight[:n] if self.config.positions_in_values else embedded
-        g = (weights.flatten(1, 2) @ values).unflatten(1, (n, self.config.n_interests))
+        g = (weights.flatten(1, 2) @ values).reshape(users, n, self.config.n_interests, dim)
         return torch.cat([g.new_zeros(users, 1, self.config.n_interests, dim), g], dim=1)
 
     def _last(self, embedded: Tensor) -> Tensor:
@@ -256,6 +256,7 @@ class DimeRec(Recipe):
     Settings: ClassVar[type[Settings]] = DimeRecSettings
 
     settings: DimeRecSettings
+    one_minus_abar: Tensor
 
     def __init__(self, settings: DimeRecSettings, data: TrainingData) -> None:
         super().__init__(settings, data)
@@ -311,7 +312,7 @@ class DimeRec(Recipe):
         return self.loss_terms(prefixes[is_target], items[is_target])
 
     def loss_terms(self, g: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The weighted losses, means over R, of interests g `[R, K, D]` of histories and the rows that came next `[R]`."""
+        """The weighted losses, means over R: interests g `[R, K, D]` of histories, the rows that came next `[R]`."""
         s, network = self.settings, self.network
         candidates = _Candidates.draw(self.item_vectors(), targets - self.config.first_item_row, s.negatives)
 
