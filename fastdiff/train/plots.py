@@ -55,7 +55,7 @@ FEW = 40
 """Up to so many points of a line are marked one by one."""
 
 # Inches. The places are computed here, so that the panels of all rows stand over each other on any run's page.
-_WIDTH, _LEFT, _RIGHT = 10.0, 0.85, 1.55
+PAGE_WIDTH, _LEFT, _RIGHT = 10.0, 0.85, 1.55
 _TOP, _TALL, _LOW, _GAP, _GAP_WITH_LABELS = 0.75, 2.5, 0.7, 0.15, 0.6
 
 _NOT_LOSSES = re.compile(r"learning_rate|examples_per_second|(HR|NDCG|MRR|coverage)@\d+")
@@ -104,16 +104,16 @@ def plot_run(folder: str | Path) -> Path:
     cut = _largest_cut(stages)
     heights = [_TOP, _TALL, _GAP, _LOW, _GAP_WITH_LABELS, *([_TALL, _GAP_WITH_LABELS] if cut else [])]
     heights += [0.3, _TALL, _GAP_WITH_LABELS] if samplers else []
-    page = Figure(figsize=(_WIDTH, sum(heights)))  # no pyplot: nothing global is touched
+    page = Figure(figsize=(PAGE_WIDTH, sum(heights)))  # no pyplot: nothing global is touched
     FigureCanvasAgg(page)
-    page.text(_LEFT / _WIDTH, 1 - 0.28 / sum(heights), _title(folder), fontsize=12, weight="bold", va="center")
+    page.text(_LEFT / PAGE_WIDTH, 1 - 0.28 / sum(heights), _title(folder), fontsize=12, weight="bold", va="center")
     tops = [sum(heights[:at]) for at in range(len(heights))]
-    _draw_losses(_Strip(page, tops[1], _TALL), stages)
-    _draw_rates(_Strip(page, tops[3], _LOW), stages)
+    _draw_losses(Strip(page, tops[1], _TALL), stages)
+    _draw_rates(Strip(page, tops[3], _LOW), stages)
     if cut:
-        _draw_metrics(_Strip(page, tops[5], _TALL), stages, cut)
+        _draw_metrics(Strip(page, tops[5], _TALL), stages, cut)
     if samplers:
-        _draw_steps(_Strip(page, tops[-2], _TALL), samplers)
+        draw_samplers(Strip(page, tops[-2], _TALL), samplers)
     path = folder / PLOT_FILE
     page.savefig(path, dpi=130, facecolor="white")
     return path
@@ -186,7 +186,7 @@ def _largest_cut(stages: Sequence[StageLog]) -> int:
 
 
 @dataclass(frozen=True)
-class _Strip:
+class Strip:
     """A row of panels across the page: `top` and `height` in inches from the page's upper edge."""
 
     page: Figure
@@ -196,11 +196,11 @@ class _Strip:
     def panels(self, shares: Sequence[float], gap: float) -> list[Axes]:
         """Panels whose widths are in these proportions, `gap` inches apart."""
         tall = self.page.get_figheight()
-        unit = (_WIDTH - _LEFT - _RIGHT - gap * (len(shares) - 1)) / sum(shares)
+        unit = (PAGE_WIDTH - _LEFT - _RIGHT - gap * (len(shares) - 1)) / sum(shares)
         axes, left = [], _LEFT
         for share in shares:
             bottom = 1 - (self.top + self.height) / tall
-            axis = self.page.add_axes((left / _WIDTH, bottom, share * unit / _WIDTH, self.height / tall))
+            axis = self.page.add_axes((left / PAGE_WIDTH, bottom, share * unit / PAGE_WIDTH, self.height / tall))
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(True, axis="y", color="#d9d9d9", linewidth=0.7)
             axis.set_axisbelow(True)
@@ -211,14 +211,14 @@ class _Strip:
 
     def label(self, text: str) -> None:
         middle = 1 - (self.top + self.height / 2) / self.page.get_figheight()
-        self.page.text(0.22 / _WIDTH, middle, text, rotation=90, ha="center", va="center", fontsize=9)
+        self.page.text(0.22 / PAGE_WIDTH, middle, text, rotation=90, ha="center", va="center", fontsize=9)
 
     def legend(self, handles: Sequence[Any], names: Sequence[str]) -> None:
-        place = ((_WIDTH - _RIGHT + 0.1) / _WIDTH, 1 - self.top / self.page.get_figheight())
+        place = ((PAGE_WIDTH - _RIGHT + 0.1) / PAGE_WIDTH, 1 - self.top / self.page.get_figheight())
         self.page.legend(handles, names, loc="upper left", bbox_to_anchor=place, fontsize=9, frameon=False)
 
 
-def _stage_axes(strip: _Strip, stages: Sequence[StageLog], named: bool, epochs: bool) -> list[Axes]:
+def _stage_axes(strip: Strip, stages: Sequence[StageLog], named: bool, epochs: bool) -> list[Axes]:
     """One panel per stage, its width by its epochs; all share the vertical axis."""
     total = sum(stage.epochs for stage in stages)
     shares = [max(stage.epochs / total, NARROWEST) for stage in stages]
@@ -248,7 +248,7 @@ def _whole_ticks(last: float, about: int) -> list[int]:
     return list(range(step, int(last) + 1, step)) or [int(last)]
 
 
-def _draw_losses(strip: _Strip, stages: Sequence[StageLog]) -> None:
+def _draw_losses(strip: Strip, stages: Sequence[StageLog]) -> None:
     axes = _stage_axes(strip, stages, named=True, epochs=False)
     terms = list(dict.fromkeys(name for stage in stages for name in stage.losses if name != "loss"))
     colours = {"loss": BLACK, **{name: TERM_COLOURS[at % len(TERM_COLOURS)] for at, name in enumerate(terms)}}
@@ -266,7 +266,7 @@ def _draw_losses(strip: _Strip, stages: Sequence[StageLog]) -> None:
     strip.legend([handles[name] for name in names], list(names.values()))
 
 
-def _draw_rates(strip: _Strip, stages: Sequence[StageLog]) -> None:
+def _draw_rates(strip: Strip, stages: Sequence[StageLog]) -> None:
     axes = _stage_axes(strip, stages, named=False, epochs=True)
     curves = [stage.curves.get("learning_rate", Curve([], [])) for stage in stages]
     for axis, curve in zip(axes, curves, strict=True):
@@ -277,7 +277,7 @@ def _draw_rates(strip: _Strip, stages: Sequence[StageLog]) -> None:
     strip.label("learning\nrate")
 
 
-def _draw_metrics(strip: _Strip, stages: Sequence[StageLog], cut: int) -> None:
+def _draw_metrics(strip: Strip, stages: Sequence[StageLog], cut: int) -> None:
     axes = _stage_axes(strip, stages, named=False, epochs=True)
     handles: dict[str, Any] = {}
     for kind, (colour, marker) in METRIC_STYLES.items():
@@ -312,7 +312,7 @@ def _draw_metrics(strip: _Strip, stages: Sequence[StageLog], cut: int) -> None:
 # --- by number of steps -----------------------------------------------------------------------------------------------
 
 
-def _draw_steps(strip: _Strip, samplers: dict[str, dict[str, Curve]]) -> None:
+def draw_samplers(strip: Strip, samplers: dict[str, dict[str, Curve]]) -> None:
     names = list(dict.fromkeys(name for curves in samplers.values() for name in curves))
     names.sort(key=lambda name: (name == "seconds_per_user", not name.startswith("HR")))
     axes = strip.panels([1.0] * len(names), 0.6)

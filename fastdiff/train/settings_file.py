@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -81,11 +82,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _checked(kind: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    fields = {field.name: _annotation(field.type) for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise InvalidArgument(f"{where}: unknown settings {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
     return {name: _converted(value, fields[name], f"{where}: {name}") for name, value in values.items()}
+
+
+def _annotation(kind: Any) -> str:
+    """As it is written in the class, whether that postpones the evaluation of annotations or not."""
+    return kind if isinstance(kind, str) else inspect.formatannotation(kind)
 
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")

@@ -1,0 +1,152 @@
+"""Which models are trained on what, in the order in which they are run; and what others report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train a method.
+
+    what      for people
+    settings  on top of the settings that ship for the data set, or of the defaults where there are none
+    """
+
+    what: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+VARIANTS: dict[str, dict[str, Variant]] = {
+    "adrec": {"recipe": Variant("the authors' three stages")},
+    "dreamrec": {
+        "paper": Variant("the paper's loss alone", {"ranking_weight": 0.0, "stop_gradient": False}),
+        "ranking": Variant(
+            "ours: with a cross-entropy over the catalogue", {"ranking_weight": 1.0, "stop_gradient": True}
+        ),
+    },
+    "tarec": {
+        "aligned": Variant("both stages: temporal consistency, then preference alignment"),
+        "consistency": Variant("the first stage alone", {"alignment_epochs": 0}),
+    },
+    "dimerec": {"recipe": Variant("the paper's losses")},
+    "cddrec": {"recipe": Variant("the authors' losses")},
+    "sasrec": {
+        "ce": Variant("cross-entropy over the catalogue", {"loss": "ce"}),
+        "bce": Variant("binary cross-entropy, one negative each", {"loss": "bce"}),
+    },
+}
+
+TITLES = {"adrec": "ADRec", "dreamrec": "DreamRec", "tarec": "TA-Rec", "dimerec": "DimeRec", "cddrec": "CDDRec"}
+TITLES["sasrec"] = "SASRec (no diffusion; a yardstick)"
+
+DATA: dict[str, str] = {
+    "adrec-ml-100k": "MovieLens 100K, ADRec's file",
+    "amazon-office": "Amazon Office, CDDRec's file",
+    "amazon-beauty": "Amazon Beauty, CDDRec's file",
+    "adrec-beauty": "Amazon Beauty, ADRec's file",
+    "adrec-sports": "Amazon Sports, ADRec's file",
+    "adrec-baby": "Amazon Baby, ADRec's file",
+    "adrec-toys": "Amazon Toys, ADRec's file",
+}
+"""Folder -> what it is, in the order of the document."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and its evaluations."""
+
+    method: str
+    data: str
+    variant: str
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.method}/{self.data}/{self.variant}/{self.seed}"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return VARIANTS[self.method][self.variant].settings
+
+    def matches(self, pattern: str) -> bool:
+        """adrec, adrec/ml-100k, adrec/adrec-ml-100k/recipe/2025: as many parts as are given; "" and "*" take any."""
+        given = pattern.split("/")
+        own = self.id.split("/")
+        same = (want in ("", "*", has) or want == has.partition("-")[2] for want, has in zip(given, own, strict=False))
+        return len(given) <= len(own) and all(same)
+
+
+def _cells() -> list[Cell]:
+    first, more = 2025, (2026, 2027)
+    on_amazon = [
+        ("dreamrec", "paper"),
+        ("dreamrec", "ranking"),
+        ("tarec", "consistency"),
+        ("tarec", "aligned"),
+        ("sasrec", "ce"),
+        ("sasrec", "bce"),
+        ("dimerec", "recipe"),
+        ("cddrec", "recipe"),
+    ]
+    order = [Cell("adrec", "adrec-ml-100k", "recipe", seed) for seed in (first, *more)]
+    order += [Cell("sasrec", "adrec-ml-100k", "ce", first)]
+    for data in ("amazon-office", "amazon-beauty"):
+        order += [Cell(method, data, variant, first) for method, variant in on_amazon]
+    order += [Cell("adrec", data, "recipe", first) for data in ("adrec-beauty", "adrec-sports")]
+    order += [Cell("adrec", data, "recipe", first) for data in ("adrec-baby", "adrec-toys")]
+    order += [Cell("sasrec", data, "ce", first) for data in ("adrec-beauty", "adrec-sports")]
+    # once everything has a figure: its spread, where runs are short
+    order += [Cell("sasrec", "adrec-ml-100k", "ce", seed) for seed in more]
+    order += [Cell(method, "amazon-office", variant, seed) for seed, (method, variant) in product(more, on_amazon)]
+    return order
+
+
+CELLS: Sequence[Cell] = _cells()
+
+
+# --- what others report -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reported:
+    """HR@20 and NDCG@20 in per cent, and where and how they were obtained."""
+
+    method: str
+    variant: str
+    data: str
+    hr: float
+    ndcg: float
+    source: str
+
+
+_ADREC = "ADRec's Table 2 (arXiv 2505.19544), as quoted in public reading notes"
+_TAREC = (
+    "TA-Rec's Table 11 (arXiv 2510.17245), of another protocol: a chronological 8:1:1 split by user with every "
+    "prefix as an instance"
+)
+
+REPORTED: Sequence[Reported] = (
+    Reported(
+        "adrec", "recipe", "adrec-ml-100k", 22.4, 8.55, "the authors' public code, trained on this file; test items"
+    ),
+    Reported("adrec", "recipe", "adrec-beauty", 16.82, 8.32, _ADREC),
+    Reported("sasrec", "ce", "adrec-beauty", 15.20, 7.65, f"{_ADREC}: its SASRec+"),
+    Reported("adrec", "recipe", "adrec-sports", 8.16, 3.64, _ADREC),
+    Reported("dreamrec", "paper", "amazon-beauty", 10.32, 4.88, _TAREC),
+    Reported("tarec", "aligned", "amazon-beauty", 10.99, 5.54, _TAREC),
+    Reported("dimerec", "recipe", "amazon-beauty", 10.46, 5.44, _TAREC),
+)
+
+
+# --- ablations --------------------------------------------------------------------------------------------------------
+
+ABLATIONS: Sequence[tuple[str, str, str, str]] = (
+    ("preference alignment", "tarec", "consistency", "aligned"),
+    ("a ranking loss beside the paper's (ours)", "dreamrec", "paper", "ranking"),
+    ("cross-entropy over the catalogue instead of one negative", "sasrec", "bce", "ce"),
+)
+"""(what is added, method, variant without, variant with)"""

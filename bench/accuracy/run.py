@@ -1,0 +1,199 @@
+"""Running a cell: train in a folder of its own, evaluate on the test users, return its row.
+
+Whatever ends a run, the next one goes on where it was: the trainer keeps its state, and each evaluation is written down
+when it is done. The folder's name holds a digest of the settings, so other settings are another run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from bench import machine
+from bench.accuracy.cells import Cell
+from bench.accuracy.rows import Row, digest
+from fastdiff.catalog import ItemCatalog
+from fastdiff.evaluate import evaluate
+from fastdiff.loading import from_pretrained
+from fastdiff.metrics import RankingMetrics
+from fastdiff.ops.user_lists import UserLists
+from fastdiff.train import run as training
+from fastdiff.train.data import TrainingData, read
+from fastdiff.train.recipe import QueryModel, Recipe, Settings
+from fastdiff.train.run_folder import MODEL_FOLDER, RESULT_FILE
+from fastdiff.train.settings_file import load_settings, presets
+from fastdiff.train.validation import TOP_KS
+
+EVALUATIONS_FILE = "test.jsonl"
+BATCH = 512
+Evaluation = dict[str, Any]
+
+
+def settings_of(cell: Cell) -> Settings:
+    """The settings that ship for the data set, else the defaults, with the variant's own on top."""
+    preset = cell.data if cell.data in presets(cell.method) else None
+    return load_settings(cell.method, training.recipe_class(cell.method).Settings, preset, values=cell.settings)
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return values
+
+
+def folder_of(cell: Cell, runs: Path) -> Path:
+    return runs / cell.method / cell.data / cell.variant / f"{cell.seed}-{digest(plain(settings_of(cell)))}"
+
+
+def run_cell(
+    cell: Cell,
+    folder: Path,
+    data: TrainingData,
+    minutes: float | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = print,
+) -> Row:
+    """The row of a cell. Raises the trainer's `Interrupted` where `minutes` did not suffice for the training."""
+    settings = settings_of(cell)
+    result = _trained(cell, settings, folder, data, minutes, device, say)
+    found = data.statistics
+    assert found is not None
+    return {
+        "method": cell.method,
+        "data": cell.data,
+        "variant": cell.variant,
+        "seed": cell.seed,
+        "settings": plain(settings),
+        "settings_digest": digest(plain(settings)),
+        "data_digest": training.data_digest(data),
+        "facts": {"users": found.users, "items": found.items, "interactions": found.interactions},
+        "epochs": result["epochs"],
+        "seconds": result["seconds"],
+        "parameters": result["parameters"],
+        "valid": result["valid"],
+        "evaluations": list(_evaluations(cell, settings, folder, data, device, say)),
+        "machine": machine.facts(torch.device(device)),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _trained(
+    cell: Cell,
+    settings: Settings,
+    folder: Path,
+    data: TrainingData,
+    minutes: float | None,
+    device: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    if (folder / RESULT_FILE).exists():
+        result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        return result
+    return training.train(
+        cell.method,
+        data,
+        folder,
+        settings,
+        cell.seed,
+        device=device,
+        resume=folder.exists(),
+        minutes=minutes,
+        show_progress=False,
+        say=say,
+    )
+
+
+# --- on the test users ------------------------------------------------------------------------------------------------
+
+
+def _evaluations(
+    cell: Cell, settings: Settings, folder: Path, data: TrainingData, device: str, say: Callable[[str], None]
+) -> Iterator[Evaluation]:
+    path = folder / EVALUATIONS_FILE
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    yield from done
+    have = {_key(one) for one in done}
+    for evaluation in _measure(cell, settings, folder, data, device, have):
+        with path.open("a") as file:
+            file.write(json.dumps(evaluation) + "\n")
+        metrics = evaluation["metrics"]
+        named = evaluation["scheduler"] or "own sampler"
+        say(
+            f"{cell.id}  {evaluation['ranking']:<9} {named:<11} {evaluation['num_steps'] or '':>5}  "
+            f"HR@20 {100 * metrics['HR@20']:5.2f}  NDCG@20 {100 * metrics['NDCG@20']:5.2f}"
+        )
+        yield evaluation
+
+
+def _key(evaluation: Evaluation) -> tuple[Any, ...]:
+    return evaluation["ranking"], evaluation["scheduler"], evaluation["num_steps"]
+
+
+def _measure(
+    cell: Cell, settings: Settings, folder: Path, data: TrainingData, device: str, have: set[tuple[Any, ...]]
+) -> Iterator[Evaluation]:
+    """Published and clean ranking with the model's own sampler; the others under the published one."""
+    if not (folder / MODEL_FOLDER).exists():
+        recipe = training.recipe_class(cell.method)(settings, data)
+        recipe.load_state_dict(load_file(folder / "weights.safetensors"))
+        yield from (
+            _measure_queries(recipe.to(device).eval(), data, ranking)
+            for ranking in ("published", "clean")
+            if (ranking, None, None) not in have
+        )
+        return
+    engine = from_pretrained(folder / MODEL_FOLDER, device=device)
+    kinds: list[tuple[str, str | None, int | None]] = [("published", None, None), ("clean", None, None)]
+    kinds += [("published", scheduler, steps) for scheduler, steps in training.samplers(engine.config)]
+    for ranking, scheduler, steps in kinds:
+        if (ranking, scheduler, steps) in have:
+            continue
+        arguments: dict[str, Any] = {"filter_seen": True} if ranking == "clean" else {}
+        if scheduler is not None:
+            arguments["scheduler"] = scheduler
+        if scheduler in ("ddpm", "ddim"):
+            arguments["num_inference_steps"] = steps
+        result = evaluate(engine, data.test, ranking, TOP_KS, show_progress=False, **arguments)
+        yield {
+            "ranking": ranking,
+            "scheduler": scheduler,
+            "num_steps": steps,
+            "metrics": result.metrics,
+            "users": result.users,
+            "seconds_per_user": result.seconds / result.users,
+        }
+
+
+@torch.no_grad()
+def _measure_queries(recipe: Recipe, data: TrainingData, ranking: str) -> Evaluation:
+    """For a model that maps histories to queries: all items, or all but those seen ("clean")."""
+    model = recipe.model(recipe.stages()[-1])
+    assert isinstance(model, QueryModel)
+    catalog, metrics = ItemCatalog(model.item_emb), RankingMetrics(TOP_KS, range(data.n_items))
+    started = datetime.datetime.now()
+    for at in range(0, len(data.test), BATCH):
+        batch = data.test[at : at + BATCH]
+        histories = [[data.numbers[item] for item in instance.history] for instance in batch]
+        seen = UserLists.from_lists(histories).to(model.item_emb.device) if ranking == "clean" else None
+        top = catalog.topk(model.encode(histories).float(), TOP_KS[-1], user_exclude=seen)
+        metrics.update(top.rows.cpu(), [data.numbers[instance.target] for instance in batch])
+    seconds = (datetime.datetime.now() - started).total_seconds()
+    return {
+        "ranking": ranking,
+        "scheduler": None,
+        "num_steps": None,
+        "metrics": metrics.compute(),
+        "users": len(data.test),
+        "seconds_per_user": seconds / len(data.test),
+    }
+
+
+def data_of(cell: Cell, folder: Path) -> TrainingData:
+    """Leave-one-out data of `folder/<name>/sequences.txt`."""
+    return read(folder / cell.data / "sequences.txt")
