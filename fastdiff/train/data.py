@@ -220,11 +220,6 @@ def _assemble(
     if -1 in numbers:
         where = next(user.where for user in users if -1 in user.items)
         raise DataError(f"{where}: item id -1 stands for 'no item' in results; give the item another id")
-    if all(len(items) < 2 for items in trained):
-        raise DataError(
-            f"{users[0].where}: no user has two items to learn from, one before the other, "
-            f"once the {split} split has held out its own; longer sequences are needed"
-        )
     return TrainingData(
         item_ids,
         [np.array([numbers[item] for item in items], dtype=np.int64) for items in trained],
