@@ -12,7 +12,8 @@ For an item sequence s_1 .. s_n and its augmented copy (primed), at every positi
     L_in, L_cross   InfoNCE over cosines / temperature: of the 2 R rows of both sides, each finds its partner among
                     the 2 R - 1 others, R positions of the whole batch; `linear_infonce`: by random Fourier features
 
-Training reads s_1 .. s_{n-1} of what `TrainingData` leaves after leave-one-out (the authors' items[:-3] -> items[1:-2]).
+Training reads what leave-one-out leaves, up to its last item but one as history (the authors' items[:-3] ->
+items[1:-2]).
 
 What the authors' code does and the paper does not say, kept as it is: the decoder is fed users where it expects
 positions, so its self-attention runs over the users of the batch, slot by slot (`batch_coupling = "published"`; with
@@ -71,7 +72,7 @@ class CDDRecSettings(Settings):
     num_train_timesteps, beta_start, beta_end   the chain: an even grid of T betas
     attention_dropout   of the encoder's attention weights, and of all places of the decoder
     hidden_dropout      of embeddings and of the encoder's sublayers
-    temperature         of both contrasts
+    temperature         of both contrasts; at least 0.03, so that no sum of e^((cosine - 1) / temperature) underflows
     contrast_weight     w above
     linear_infonce      contrasts in linear time, by 8 D random Fourier features, redrawn at each use
     batch_coupling      "published" or "none": see above, and `CDDRecConfig`
@@ -111,6 +112,10 @@ class CDDRecSettings(Settings):
         if self.augmentation not in AUGMENTATIONS:
             raise InvalidArgument(
                 f"CDDRecSettings: augmentation must be one of {', '.join(AUGMENTATIONS)} (got {self.augmentation!r})"
+            )
+        if self.temperature < 0.03:
+            raise InvalidArgument(
+                f"CDDRecSettings: temperature must be at least 0.03 (got {self.temperature:g}); the authors' is 0.5"
             )
         steps, total = self.steps_per_batch, self.num_train_timesteps
         if steps is not None and not 1 <= steps <= total:
@@ -164,7 +169,7 @@ class CDDRecRecipe(Recipe):
         self.targets, _ = windows([user[1:] for user in users], length, self.config.pad_id, "left")
         self._owned = torch.cat(
             [torch.from_numpy(user) + number * self.config.n_rows for number, user in enumerate(users)]
-        ).unique()  # sorted user * n_rows + row of every training item
+        ).sort()[0]  # sorted user * n_rows + row of every training item
         plan = plans.ddpm(self.config.schedule.build(), None, "prev_mean", self.config.variance_type, True)
         self._sigma = plan.coef[:, 2].flip(0).tolist()
         self._abar = self.config.schedule.build().alphas_cumprod.tolist()
@@ -299,7 +304,7 @@ def cross_divergence(x: Tensor, positive: Tensor, negative: Tensor, weights: Ten
 def contrast(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     """InfoNCE of two views [R, D]. With z the 2 R unit rows of both and i* the partner of row i,
 
-        L = mean_i -log [ exp(z_i . z_i* / temperature) / sum_{j != i} exp(z_i . z_j / temperature) ]
+    L = mean_i -log [ exp(z_i . z_i* / temperature) / sum_{j != i} exp(z_i . z_j / temperature) ]
     """
     z = torch.cat([F.normalize(a, dim=1), F.normalize(b, dim=1)]) / math.sqrt(temperature)
     loss: Tensor = _Contrast.apply(z, 1 / temperature)  # type: ignore[no-untyped-call]
@@ -307,7 +312,7 @@ def contrast(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 
 class _Contrast(torch.autograd.Function):
-    """The loss above of z [2 R, D] and its gradient in one go, so that no [2 R, 2 R] matrix waits for the backward pass:
+    """The loss above of z [2 R, D] and its gradient in one go: no [2 R, 2 R] matrix waits for the backward pass.
 
         p_ij = exp(z_i . z_j - top), 0 on the diagonal        r_i = sum_j p_ij
         dL/dz_i = 1/(2 R) [ sum_j p_ij (1/r_i + 1/r_j) z_j - 2 z_i* ]
@@ -350,8 +355,8 @@ class _Contrast(torch.autograd.Function):
 def linear_contrast(a: Tensor, b: Tensor, temperature: float, n_features: int) -> Tensor:
     """`contrast` in time linear in R (Rahimi & Recht 2007), with the row itself left in the denominator, as published:
 
-        exp(z_i . z_j / temperature) ~ e^(1/temperature) phi(z_i) . phi(z_j)
-        phi(z) = [cos(z W), sin(z W)] / sqrt(n_features),   W [D, n_features] of variance 1/temperature
+    exp(z_i . z_j / temperature) ~ e^(1/temperature) phi(z_i) . phi(z_j)
+    phi(z) = [cos(z W), sin(z W)] / sqrt(n_features),   W [D, n_features] of variance 1/temperature
     """
     z = torch.cat([F.normalize(a, dim=1), F.normalize(b, dim=1)])
     angles = z @ (torch.randn(z.shape[1], n_features, dtype=z.dtype, device=z.device) / math.sqrt(temperature))
@@ -363,11 +368,11 @@ def linear_contrast(a: Tensor, b: Tensor, temperature: float, n_features: int) -
 # --- augmentations, of left-padded histories [b, width] with 0 for padding --------------------------------------------
 
 
-def _run(items: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A random run of floor(share * n) places of each history's n: its begin and length [b, 1], and the place of each
-    slot in its history [1 or b, width], negative on padding."""
+def _run(items: Tensor, share: float, shortest: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A random run of floor(share * n) places of each history's n, at least `shortest`: its begin and length [b, 1],
+    and the place of each slot in its history [b, width], negative on padding."""
     n = (items != 0).sum(1, keepdim=True)
-    length = (share * n).floor().long()
+    length = (share * n.double()).floor().long().clamp(min=shortest)
     begin = (torch.rand(len(items), 1) * (n - length + 1)).long()
     return begin, length, torch.arange(items.shape[1]) - (items.shape[1] - n)
 
@@ -383,15 +388,15 @@ def reorder(items: Tensor, share: float = 0.6) -> Tensor:
 def mask_out(items: Tensor, mask_row: int, share: float = 0.3) -> Tensor:
     """floor(share * n) random items replaced by the mask row."""
     real = items != 0
-    n_masked = (share * real.sum(1, keepdim=True)).floor()
+    n_masked = (share * real.sum(1, keepdim=True).double()).floor()
     rank = torch.where(real, torch.rand(items.shape), 2.0).argsort(dim=1).argsort(dim=1)
     return torch.where(rank < n_masked, mask_row, items)
 
 
 def crop(items: Tensor, share: float = 0.6) -> Tensor:
     """A random run, of at least one item, in its place; the rest is padding."""
-    begin, length, place = _run(items, share)
-    inside = (place >= begin) & (place < begin + length.clamp(min=1))
+    begin, length, place = _run(items, share, shortest=1)
+    inside = (place >= begin) & (place < begin + length)
     return torch.where(inside, items, 0)
 
 
@@ -434,12 +439,14 @@ class CDDRecNetwork(nn.Module):
             settings.hidden_dropout,
             settings.attention_dropout,
         )
-        self.activation = {"gelu": F.gelu, "relu": F.relu}[config.hidden_act]
+        self.activation: Callable[[Tensor], Tensor] = {"gelu": F.gelu, "relu": F.relu}[config.hidden_act]
         self.item_embeddings = nn.Embedding(config.n_rows, dim, padding_idx=config.pad_id)
         self.position_embeddings = nn.Embedding(config.max_seq_len, dim)
         self.time_embeddings = nn.Embedding(config.schedule.num_train_timesteps, dim)
         self.LayerNorm = nn.LayerNorm(dim, eps=1e-12)
-        self.conditional_encoder = nn.ModuleDict({"layer": nn.ModuleList(_Layer(dim) for _ in range(config.n_layers))})
+        layers = [_Layer(dim) for _ in range(config.n_layers)]
+        self.conditional_encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        self._layers = tuple(layers)
         self.decoder = nn.TransformerDecoderLayer(dim, config.n_heads, dim)  # its weights: `attend`, `step` do the work
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):  # padding too: the authors' is never zero
@@ -455,7 +462,7 @@ class CDDRecNetwork(nn.Module):
         mask = torch.where(allowed, 0.0, MASKED).to(self.item_embeddings.weight.dtype)
         x = self.item_embeddings(items[rows]) + self.position_embeddings(slots.expand_as(items)[rows])
         x = self._drop_hidden(self.LayerNorm(x))
-        for layer in self.conditional_encoder["layer"]:
+        for layer in self._layers:
             attention, intermediate = layer.attention, layer.intermediate
             projected = torch.cat([attention.query(x), attention.key(x), attention.value(x)], dim=1)
             mixed = attention.dense(self._attention(projected, rows, mask))
