@@ -23,6 +23,11 @@ What there is to know about it:
     starts from pure noise. `tangent` projects eps; `quarter_circle` measures the walk in quarter circles, |v| =
     sqrt(1 - abar_t) (pi / 2) |eps| / sqrt(D), so that x_T stands about at right angles to x_0, which is what a uniform
     draw on the sphere does in D dimensions.
+  - a state that tells of x_0 is an easier teacher than the guidance, which is all there is when sampling starts. So the
+    default chain begins in noise (at t = 1, x_t stands at about 75 degrees to x_0), and a few steps, or one, rank as
+    well as all T: see `settings/dimerec.yaml`.
+  - L_gem scores raw items with means of raw items: it cannot tell "b after a" from "a after b". f can. A large mu (with
+    lambda in proportion: Adam does not see the scale of the sum) leaves the table to L_ssm.
   - the item table is learned along. Without sg, x_0 moves towards f, and the table towards few directions.
   - e_u has length 1 and is scored against raw items: their lengths are the model's only way to favour popular items,
     and (with f of length 1 in L_ssm) to be sure of anything. Raw f in L_ssm leaves that to |f|, which L_recon pulls

@@ -16,6 +16,7 @@ from fastdiff.models.dimerec import DimeRec as DimeRecModel
 from fastdiff.train.data import leave_one_out
 from fastdiff.train.dimerec import DimeRec, DimeRecSettings, exp_map, start_at_guidance, stretches, walk
 from fastdiff.train.run import train
+from fastdiff.train.settings_file import load_settings, presets
 from tests.tolerances import AGREE, assert_agree, relative_error
 from tests.train.tiny import tiny_data, walks
 
@@ -285,9 +286,16 @@ def test_start_at_guidance_begins_with_the_mean_of_the_interests(widths, activat
     assert_agree(network.denoise(x_t, t, g).detach(), g.mean(dim=1), torch.float64)
 
 
+@pytest.mark.parametrize("preset", sorted(presets("dimerec")))
+def test_the_shipped_settings_are_settings_of_a_model(preset):
+    recipe = DimeRec(load_settings("dimerec", DimeRecSettings, preset), tiny_data())
+    losses = recipe.losses(recipe.stages()[0], torch.arange(3))
+    assert all(torch.isfinite(term) for term in losses.values())
+
+
 def test_training_learns_users_who_step_through_the_items(tmp_path):
     data = leave_one_out(walks(n_users=20))
-    settings = replace(SMALL, hidden_size=16, mlp_widths=(64,), epochs=25, learning_rate=0.01, validate_every=25)
+    settings = replace(SMALL, hidden_size=16, mlp_widths=(64,), epochs=20, learning_rate=0.01, validate_every=20)
     result = train("dimerec", data, tmp_path / "a", settings, seed=1, show_progress=False, say=lambda _: None)
     engine = fastdiff.from_pretrained(tmp_path / "a" / "model")
     cases = [(row[:n], row[n]) for row in data.sequences for n in range(1, len(row))]
