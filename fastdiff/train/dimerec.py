@@ -97,7 +97,7 @@ class DimeRecSettings(Settings):
     shortest_history    0 learns the first item of each user too, from the empty history
 
     Optimisation: Adam ([paper]) with `weight_decay`, for at most `epochs`, until NDCG@20 on the validation data has not
-    grown for `patience` of its looks, one every `validate_every` epochs.
+    grown for `patience` of its looks, one every `validate_every` epochs; along half a cosine of `cosine_epochs`, if any.
 
     Inference: `num_inference_steps` steps of the chain, None for all T ([paper])
     """
@@ -132,6 +132,7 @@ class DimeRecSettings(Settings):
 
     batch_size: int = 128
     learning_rate: float = 1e-3
+    cosine_epochs: int | None = None
     weight_decay: float = 0.0
     epochs: int = 200
     validate_every: int = 1
@@ -300,6 +301,7 @@ class DimeRec(Recipe):
                 batch_size=s.batch_size,
                 learning_rate=s.learning_rate,
                 weight_decay=s.weight_decay,
+                cosine_epochs=s.cosine_epochs,
                 validate_every=s.validate_every,
                 patience=s.patience,
             )
