@@ -439,7 +439,7 @@ class CDDRecNetwork(nn.Module):
             settings.hidden_dropout,
             settings.attention_dropout,
         )
-        self.activation: Callable[[Tensor], Tensor] = {"gelu": F.gelu, "relu": F.relu}[config.hidden_act]
+        self.activation: Callable[[Tensor], Tensor] = F.relu if config.hidden_act == "relu" else F.gelu
         self.item_embeddings = nn.Embedding(config.n_rows, dim, padding_idx=config.pad_id)
         self.position_embeddings = nn.Embedding(config.max_seq_len, dim)
         self.time_embeddings = nn.Embedding(config.schedule.num_train_timesteps, dim)
@@ -469,7 +469,8 @@ class CDDRecNetwork(nn.Module):
             x = attention.LayerNorm(x + self._drop_hidden(mixed))
             hidden = intermediate.dense_2(self.activation(intermediate.dense_1(x)))
             x = intermediate.LayerNorm(x + self._drop_hidden(hidden))
-        return x
+        c: Tensor = x
+        return c
 
     def attend(self, c: Tensor, rows: Tensor) -> Tensor:
         """[R, D] the decoder's rows after its self-attention: over the users of the batch, slot by slot, or over the
