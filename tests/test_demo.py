@@ -1,14 +1,15 @@
 """The demo: the law is a distribution, its bound is right, the shipped model keeps its claim, the training learns."""
 
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
-import torch
 
 import fastdiff
-from fastdiff.config import TARecConfig
+from fastdiff.demo import train
 from fastdiff.demo.__main__ import MODEL, main
 from fastdiff.demo.measure import draw_users, measure
-from fastdiff.demo.network import TARecNetwork
 from fastdiff.demo.simulate import (
     PARTS,
     best_hit_rate,
@@ -17,11 +18,9 @@ from fastdiff.demo.simulate import (
     expected_hit_rate,
     simulate_users,
 )
-from fastdiff.demo.train import Recipe, as_checkpoint, demo_config, train
 from fastdiff.engine import Engine
-from fastdiff.models.base import Histories
-from fastdiff.schedule import ScheduleConfig
-from tests.tolerances import assert_agree
+from fastdiff.train.settings_file import load_settings
+from fastdiff.train.tarec import TARecRecipe, TARecSettings
 
 LAW = build_law()
 FRESH_SEED = 31337  # of no training, validation or demo run
@@ -135,64 +134,34 @@ def test_the_command_says_how_close_it_comes(capsys: pytest.CaptureFixture[str])
 # --- the training -----------------------------------------------------------------------------------------------------
 
 
-def tiny_config(denoiser: str) -> TARecConfig:
-    return TARecConfig(12, 16, 5, ScheduleConfig("linear", 1000, "float32"), denoiser=denoiser)
+def test_the_command_trains_by_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With fewer users and steps: it writes a model that knows the items by name and is far better than chance."""
+    changes = {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "embedding_std": 0.3, "num_train_timesteps": 50}
+    few = load_settings("tarec", TARecSettings, "demo", values=changes)
+    monkeypatch.setattr(train, "load_settings", lambda *args, **kwargs: few)
+    monkeypatch.setattr(train, "simulated_data", partial(train.simulated_data, 3000, 100))
+    train.main(["--output", str(tmp_path / "run")])
+    assert "on new users: HR@10" in capsys.readouterr().out
+    trained = fastdiff.from_pretrained(tmp_path / "run" / "model")
+    assert tuple(trained.catalog.item_ids) == build_catalogue().names
+    assert measure(trained, n_users=500, seed=FRESH_SEED).share_of_best > 0.3
 
 
-@pytest.mark.parametrize("denoiser", ["mlp1", "mlp2"])
-def test_the_network_that_is_trained_is_the_model_that_runs(denoiser: str) -> None:
-    config = tiny_config(denoiser)
-    network = TARecNetwork(config)
-    with (
-        torch.no_grad()
-    ):  # fresh norms can put a row's sum at exactly 0, which DreamRec's code masks; trained ones do not
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    items = torch.randint(0, config.n_items, (7, config.max_seq_len))
-    engine = Engine.from_checkpoint(as_checkpoint(network))
-    with torch.no_grad():
-        prefixes = network.encode(items)
-        for n in range(config.max_seq_len + 1):
-            lengths = torch.full((7,), n)
-            padded = torch.full_like(items, config.pad_id)
-            padded[:, :n] = items[:, :n]
-            ours = engine.model.encode(Histories(padded[:, : max(n, 1)], lengths), engine.model.item_table)
-            first, dim = engine.model.weights["diffuser.0.weight"], config.hidden_size
-            share = prefixes[:, n] @ first[:, dim : 2 * dim].T + engine.model.weights["diffuser.0.bias"]
-            assert_agree(share, ours, torch.float32)
-        x_t = torch.randn(7, config.hidden_size)
-        last = config.schedule.num_train_timesteps - 1
-        estimate = network.denoise(x_t, prefixes[:, -1], torch.full((7,), last))
-        output = engine.generate(items.tolist(), noise=x_t, output_embeddings=True)
-        assert output.embeddings is not None
-        assert_agree(output.embeddings, estimate, torch.float32)
+def test_the_users_that_are_measured_on_are_not_learned_from() -> None:
+    data = train.simulated_data(50, 40)
+    assert [len(sequence) for sequence in data.sequences] == [11] * 50
+    assert len(data.valid) == len(data.test) == 40
+    learned = {tuple(data.item_ids[item] for item in sequence) for sequence in data.sequences}
+    for instance in (*data.valid, *data.test):
+        whole = (*instance.history, instance.target)
+        assert 2 <= len(whole) <= 11
+        assert len(whole) < 5 or not any(sequence[: len(whole)] == whole for sequence in learned)
 
 
-def test_training_learns_a_cycle() -> None:
-    """Items that always follow each other: after a few seconds the next one comes first, from noise, in one step."""
-    config = tiny_config("mlp2")
-    starts = torch.arange(config.n_items)
-    sequences = (starts[:, None] + torch.arange(config.max_seq_len + 1)) % config.n_items
-    losses: list[float] = []
-    recipe = Recipe(steps=250, learning_rate=2e-2, preference_steps=20, batch_size=16)
-    network = train(config, sequences, recipe, report=lambda step, loss: losses.append(loss))
-    assert len(losses) == 270
-    engine = Engine.from_checkpoint(as_checkpoint(network))
-    output = engine.generate(sequences[:, :3].tolist(), top_k=1, seed=0)
-    assert isinstance(output.item_ids, torch.Tensor)
-    assert (output.item_ids[:, 0] == sequences[:, 3]).float().mean() > 0.9
-
-
-def test_training_is_a_function_of_its_seed_and_leaves_the_generator_alone() -> None:
-    config = tiny_config("mlp1")
-    sequences = torch.randint(0, config.n_items, (8, config.max_seq_len + 1))
-    before = torch.get_rng_state()
-    first, second = (
-        train(config, sequences, Recipe(steps=4, preference_steps=2, batch_size=4)).state_dict() for _ in range(2)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_the_recipe_is_that_of_the_shipped_model(engine: Engine) -> None:
-    assert engine.config == demo_config()
+def test_the_settings_are_those_of_the_shipped_model(engine: Engine) -> None:
+    recipe = TARecRecipe(load_settings("tarec", TARecSettings, "demo"), train.simulated_data(10, 5))
+    checkpoint = recipe.model(recipe.stages()[-1])
+    assert engine.config == checkpoint.config
+    assert engine.generation_config == checkpoint.generation_config

@@ -62,6 +62,7 @@ class DreamRecSettings(Settings):
     ranking_weight       ours: weight of the cross-entropy over the catalogue; 0 is the paper
     stop_gradient        ours: L_diff takes the embeddings as they are, and does not move them; False is the paper
     embedding_std        of the item table at the start; 1 is the authors'
+    cosine_epochs        the learning rate falls along half a cosine of so many epochs; None, as the authors: constant
     """
 
     hidden_size: int = 64
@@ -83,6 +84,7 @@ class DreamRecSettings(Settings):
     ranking_weight: float = 0.0
     stop_gradient: bool = False
     embedding_std: float = 1.0
+    cosine_epochs: int | None = None
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -255,6 +257,7 @@ class DreamRecRecipe(Recipe):
                 settings.learning_rate,
                 "adamw",
                 settings.weight_decay,
+                settings.cosine_epochs,
                 validate_every=settings.validate_every,
                 patience=settings.patience,
             )

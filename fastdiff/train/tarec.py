@@ -108,6 +108,7 @@ class TARecRecipe(DreamRecRecipe):
             settings.learning_rate,
             "adamw",
             settings.weight_decay,
+            settings.cosine_epochs,
             validate_every=settings.validate_every,
             patience=settings.patience,
         )
