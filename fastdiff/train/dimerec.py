@@ -96,8 +96,8 @@ class DimeRecSettings(Settings):
     normalize_items     both softmaxes, and the ranking, take e_i / |e_i|
     shortest_history    0 learns the first item of each user too, from the empty history
 
-    Optimisation: Adam ([paper]) with `weight_decay`, the learning rate on half a cosine of `cosine_epochs` if given, for
-    at most `epochs`, until NDCG@20 on the validation data has not grown for `patience` of its looks, one every
+    Optimisation: Adam ([paper]) with `weight_decay`, the learning rate on half a cosine of `cosine_epochs` if given; at
+    most `epochs`, until NDCG@20 on the validation data has not grown for `patience` of its looks, one every
     `validate_every` epochs.
 
     Inference: `num_inference_steps` steps of the chain, None for all T ([paper])
