@@ -239,7 +239,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
                 curve.y.append(statistics.mean(values))
         page = Figure(figsize=(PAGE_WIDTH, 3.4))
         FigureCanvasAgg(page)
-        draw_samplers(Strip(page, 0.35, 2.5), {SAMPLERS[name]: curves[name] for name in SAMPLERS if name in curves})
+        draw_samplers(Strip(page, 0.35, 2.5), {name: curves[name] for name in SAMPLERS if name in curves})
         folder.mkdir(parents=True, exist_ok=True)
         paths.append(folder / name)
         page.savefig(paths[-1], dpi=120, facecolor="white")

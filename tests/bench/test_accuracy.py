@@ -79,6 +79,17 @@ def test_the_cells_are_sound() -> None:
     assert {(method, side) for _, method, *sides in ABLATIONS for side in sides} <= {kind[:2] for kind in kinds}
 
 
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.seed == 2025], ids=lambda cell: cell.id)
+def test_every_cells_settings_are_its_recipes(cell: Cell) -> None:
+    settings = run.plain(run.settings_of(cell))
+    assert {name: settings[name] for name in cell.settings} == dict(cell.settings)
+
+
+def test_variants_of_a_method_differ() -> None:
+    kinds = {(cell.method, cell.data, cell.variant): digest(run.plain(run.settings_of(cell))) for cell in CELLS}
+    assert len({(method, data, found) for (method, data, _), found in kinds.items()}) == len(kinds)
+
+
 def test_patterns_name_cells_by_their_first_parts() -> None:
     cell = Cell("adrec", "adrec-ml-100k", "recipe", 2025)
     for pattern in ("adrec", "adrec/ml-100k", "adrec/adrec-ml-100k/recipe", "adrec/ml-100k/recipe/2025", "*/ml-100k"):
