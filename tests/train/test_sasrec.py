@@ -3,13 +3,13 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.data import UserSequence
 from fastdiff.errors import DataError, InvalidArgument
-from fastdiff.train.data import leave_one_out
+from fastdiff.train.data import TrainingData
 from fastdiff.train.layers import _Attention
 from fastdiff.train.run import train
 from fastdiff.train.sasrec import NextItems, SASRec, SASRecNetwork, SASRecSettings, cross_entropy
@@ -133,9 +133,9 @@ def test_it_learns_a_ring_and_one_seed_gives_one_result(loss: str, reached: floa
 def test_errors() -> None:
     with pytest.raises(InvalidArgument, match="'ce' or 'bce'"):
         SASRecSettings(loss="mse")
-    short = leave_one_out([UserSequence("0", [1, 2, 3], "here")])
+    short = TrainingData([1, 2, 3], [np.array([0])], [], [])
     with pytest.raises(DataError, match="two items"):
         SASRec(SASRecSettings(**SMALL), short)
-    everything = leave_one_out([UserSequence("0", [1, 2, 3, 2, 1], "here")])
+    everything = TrainingData([1, 2, 3], [np.array([0, 1, 2])], [], [])
     with pytest.raises(DataError, match="have all 3 items"):
         SASRec(SASRecSettings(**SMALL, loss="bce"), everything)
