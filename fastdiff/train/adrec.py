@@ -31,8 +31,7 @@ What the authors' code does beyond the paper
 Choices of ours
   - Warm-up and full are two stages, so Adam's moments begin at zero twice, and the cosine, 500 epochs long, 5 epochs
     later (0.03 % of the learning rate). In the authors' one run those of all weights but E go on.
-  - Validations watch NDCG@20, every 5 epochs; the authors go on while any of HR and NDCG at 5, 10, 20 gets better. The
-    first one comes after 5 epochs of `full`.
+  - The first validation comes after 5 epochs of `full`.
   - tau is evaluated for the T timesteps that there are, not for every item.
 """
 
@@ -73,7 +72,8 @@ class ADRecSettings(Settings):
     dropout             inside the transformers         emb_dropout  of the history's embeddings
     pretrain_epochs, warmup_epochs, epochs  of the three stages, at most
     weight_decay        L2, inside Adam                 cosine_epochs  of the learning rate, in each stage
-    validate_every, patience  as in `Stage`; no validation in the warm-up
+    validate_every, patience, watch  as in `Stage`: the authors go on while any of six metrics gets better; no
+                        validation in the warm-up
     """
 
     hidden_size: int = 128
@@ -103,6 +103,7 @@ class ADRecSettings(Settings):
     cosine_epochs: int = 500
     validate_every: int = 5
     patience: int = 4
+    watch: tuple[str, ...] = ("HR@5", "NDCG@5", "HR@10", "NDCG@10", "HR@20", "NDCG@20")
 
     def __post_init__(self) -> None:
         if min(self.pretrain_epochs, self.warmup_epochs, self.epochs) < 1:
@@ -263,6 +264,7 @@ class ADRec(Recipe):
                 cosine_epochs=s.cosine_epochs,
                 validate_every=validate_every,
                 patience=s.patience,
+                watch=s.watch,
             )
 
         return [

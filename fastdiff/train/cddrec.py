@@ -184,7 +184,7 @@ class CDDRecRecipe(Recipe):
                 settings.learning_rate,
                 weight_decay=settings.weight_decay,
                 patience=settings.patience,
-                watch="NDCG@10",
+                watch=("NDCG@10",),
             )
         ]
 

@@ -29,8 +29,9 @@ class Stage:
     cosine_epochs   the learning rate falls along half a cosine of so many epochs, stepped once per epoch (and would
                     rise again after them); None leaves it constant
     validate_every  epochs between validations; 0: none, and the last weights are the stage's result
-    patience        validations without a better value of `watch`, after which the stage ends; None: never early
-    watch           the metric of the validation that decides which weights are kept
+    patience        validations that are no better, after which the stage ends; None: never early
+    watch           the metrics of which at least one must be higher than ever for a validation to be better; the
+                    weights of the last better one are the stage's result
     clip_norm       largest L2 norm of the gradient of all weights; None: as it is
     """
 
@@ -43,7 +44,7 @@ class Stage:
     cosine_epochs: int | None = None
     validate_every: int = 1
     patience: int | None = None
-    watch: str = "NDCG@20"
+    watch: tuple[str, ...] = ("NDCG@20",)
     clip_norm: float | None = None
 
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Progress:
 
     stage, epoch, batch  numbers of the stage, of its epochs that are complete, of the batches done in the one under way
     bad                  validations since the best one
-    best_value, best_epoch of the stage; None before its first validation
+    best, best_epoch     the highest value of each metric that the stage watches, and where the kept weights are from
     seconds              spent so far
     sums, examples       of the loss terms over the epoch under way, weighted by examples
     """
@@ -64,7 +64,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     bad: int = 0
-    best_value: float | None = None
+    best: dict[str, float] = field(default_factory=dict)
     best_epoch: int | None = None
     seconds: float = 0.0
     examples: int = 0
@@ -165,7 +165,8 @@ class Trainer:
             progress.batch += 1
             bar.update()
             if bar.n % 10 == 0 or n_batches < 10:
-                best = "" if progress.best_value is None else f", best {stage.watch} {progress.best_value:.4f}"
+                name = stage.watch[-1]
+                best = f", best {name} {progress.best[name]:.4f}" if name in progress.best else ""
                 bar.set_postfix_str(f"epoch {progress.epoch + 1}, loss {sum(values.values()):.4f}{best}", refresh=False)
             self._pause_if_asked()
 
@@ -184,9 +185,10 @@ class Trainer:
         if stage.validate_every and (progress.epoch % stage.validate_every == 0 or progress.epoch == stage.epochs):
             metrics = measure(self.recipe, stage, self.recipe.data.valid)
             rows |= metrics
-            better = progress.best_value is None or metrics[stage.watch] > progress.best_value
-            if better:
-                progress.best_value, progress.best_epoch, progress.bad = metrics[stage.watch], progress.epoch, 0
+            higher = {name: metrics[name] for name in stage.watch if metrics[name] > progress.best.get(name, -1.0)}
+            if better := bool(higher):
+                progress.best |= higher
+                progress.best_epoch, progress.bad = progress.epoch, 0
                 self._best = {name: weight.clone() for name, weight in self.recipe.state_dict().items()}
             else:
                 progress.bad += 1

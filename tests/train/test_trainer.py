@@ -200,6 +200,25 @@ def test_patience_ends_a_stage(tmp_path: Path) -> None:
     assert result["epochs"] == {"table": 50, "map": 4}  # the first validation is the best; three more are not better
 
 
+def test_any_of_the_metrics_watched_makes_a_validation_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of the last better one are kept, and patience counts from it."""
+    found = [(0.1, 0.5), (0.2, 0.4), (0.1, 0.6), (0.2, 0.6), (0.1, 0.5), (0.9, 0.9)]
+    values, weights = iter(found), []
+
+    def measured(recipe: Tiny, *arguments: Any) -> dict[str, float]:
+        weights.append(recipe.items.weight.detach().clone())
+        return dict(zip(("HR@5", "NDCG@5"), next(values), strict=True))
+
+    monkeypatch.setattr(trainers, "measure", measured)
+    recipe = Tiny(TinySettings(epochs=20, patience=2), tiny_data())
+    first = replace(recipe.stages()[0], patience=2, watch=("HR@5", "NDCG@5"))
+    recipe.stages = lambda: [first]  # type: ignore[method-assign]
+    trainer = Trainer(recipe, RunFolder(tmp_path), seed=3, show_progress=False, say=lambda line: None)
+    trainer.run()
+    assert len(weights) == 5  # better: 1, 2, 3
+    assert torch.equal(recipe.items.weight, weights[2])
+
+
 def test_the_learning_rate_falls_along_the_cosine(tmp_path: Path) -> None:
     _train(tmp_path / "run")
     rates = [float(row[4]) for row in _log(tmp_path / "run") if row[0] == "table" and row[3] == "learning_rate"]

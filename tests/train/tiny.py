@@ -45,7 +45,7 @@ class Tiny(Recipe):
     def stages(self) -> Sequence[Stage]:
         own, options = self.settings, {"cosine_epochs": 4}
         return [
-            Stage("table", own.epochs, own.batch_size, own.learning_rate, watch="HR@5", **options),
+            Stage("table", own.epochs, own.batch_size, own.learning_rate, watch=("HR@5",), **options),
             Stage(
                 "map",
                 own.epochs,
@@ -54,7 +54,7 @@ class Tiny(Recipe):
                 "adamw",
                 patience=own.patience,
                 clip_norm=own.clip_norm,
-                watch="HR@5",
+                watch=("HR@5",),
             ),
         ]
 
