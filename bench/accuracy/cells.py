@@ -33,7 +33,10 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "consistency": Variant("the first stage alone", {"alignment_epochs": 0}),
     },
     "dimerec": {"recipe": Variant("the paper's losses")},
-    "cddrec": {"recipe": Variant("the authors' losses")},
+    "cddrec": {
+        "two_steps": Variant("the authors' losses, two of the steps drawn per batch (ours)", {"steps_per_batch": 2}),
+        "recipe": Variant("the authors' losses, all steps in every batch"),
+    },
     "sasrec": {
         "ce": Variant("cross-entropy over the catalogue", {"loss": "ce"}),
         "bce": Variant("binary cross-entropy, one negative each", {"loss": "bce"}),
@@ -90,6 +93,7 @@ def _cells() -> list[Cell]:
         ("sasrec", "ce"),
         ("sasrec", "bce"),
         ("dimerec", "recipe"),
+        ("cddrec", "two_steps"),
         ("cddrec", "recipe"),
     ]
     order = [Cell("adrec", "adrec-ml-100k", "recipe", seed) for seed in (first, *more)]
