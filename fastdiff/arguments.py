@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -110,8 +110,7 @@ class SamplerRequest:
         return tuple(t for t in values if t is not None)
 
 
-@dataclass
-class Settings:
+class Settings(NamedTuple):
     """The numbers of one call; `GenerationConfig` says what they mean."""
 
     top_k: int
@@ -214,13 +213,17 @@ class NoiseRequest:
                 _exclude("noise", {"seed": self.seed, "request_ids": self.request_ids}, "every draw is given")
                 return GivenNoise(given), None
             start = given[0]
-        seed = draw_seed() if self.seed is None else _check_seed(self.seed)
-        row_key = histories.row_key if self.request_ids is None else request_row_key(self.request_ids, n_users)
+        seed, row_key = self.keys(histories)
         row_key = row_key if row_key.device == device else upload([row_key], device)[0]
-        row_key = row_key if num_samples == 1 else row_key.repeat_interleave(num_samples)
-        sample = _sample_index(n_users, num_samples, device)
-        philox = PhiloxNoise(seed, row_key, sample, dim, dtype, model.bound["philox_normals"])
+        philox = philox_noise(model, seed, row_key, _sample_index(n_users, num_samples, device))
         return (philox if start is None else StartNoise(start, philox)), seed
+
+    def keys(self, histories: ParsedHistories | DeviceHistories) -> tuple[int, Tensor]:
+        """The seed of a call without generators, drawn where none was given, and each user's row key [B] int64."""
+        seed = draw_seed() if self.seed is None else _check_seed(self.seed)
+        if self.request_ids is None:
+            return seed, histories.row_key
+        return seed, request_row_key(self.request_ids, histories.n_users)
 
     @staticmethod
     def _check_given(
@@ -253,19 +256,26 @@ class NoiseRequest:
         return noise.reshape(draws, n_users * num_samples, dim), shape == row
 
 
+def philox_noise(model: Model[Any, Any], seed: int | Tensor, row_key: Tensor, sample: Tensor) -> PhiloxNoise:
+    """The draws of users whose keys are `row_key` [B], for samples [B * num_samples] in a row."""
+    times = sample.numel() // max(1, row_key.numel())
+    row_key = row_key if times == 1 else row_key.repeat_interleave(times)
+    return PhiloxNoise(seed, row_key, sample, model.config.hidden_size, model.dtype, model.bound["philox_normals"])
+
+
 def _sample_index(n_users: int, num_samples: int, device: torch.device) -> Tensor:
     """[B * num_samples] int64: which sample of its user each row is."""
     few = n_users * num_samples <= 4096
-    return (_kept_sample_index if few else _make_sample_index)(n_users, num_samples, device)
+    return (_kept_sample_index if few else make_sample_index)(n_users, num_samples, device)
 
 
-def _make_sample_index(n_users: int, num_samples: int, device: torch.device) -> Tensor:
+def make_sample_index(n_users: int, num_samples: int, device: torch.device) -> Tensor:
     return torch.arange(num_samples, device=device).repeat(n_users)
 
 
 @lru_cache(maxsize=64)
 def _kept_sample_index(n_users: int, num_samples: int, device: torch.device) -> Tensor:
-    index = _make_sample_index(n_users, num_samples, device)  # nobody writes into it
+    index = make_sample_index(n_users, num_samples, device)  # nobody writes into it
     finish(device)
     return index
 
@@ -307,6 +317,16 @@ class RankingRequest:
                 "ranking='published'", filters, "candidates and seen policy are the authors' own; 'clean' takes filters"
             )
 
+    def filters_seen(self, default: bool) -> bool:
+        """Whether the items of a user's own history are left out; `default` is the generation config's."""
+        return default if self.filter_seen is None else bool(self.filter_seen)
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether items are named, for all users or for each."""
+        lists = (self.exclude_items, self.candidate_items, self.user_exclude_items, self.user_candidate_items)
+        return any(items is not None for items in lists)
+
     def resolve(
         self,
         catalog: ItemCatalog,
@@ -323,7 +343,7 @@ class RankingRequest:
             return {"published": True, "n_published_rows": config.n_rows, "zeroed": zeroed}
         n_users = histories.n_users
         exclude = _user_rows(catalog, self.user_exclude_items, n_users, "user_exclude_items")
-        if filter_seen_default if self.filter_seen is None else self.filter_seen:
+        if self.filters_seen(filter_seen_default):
             exclude = histories.seen if exclude is None else histories.seen.union(exclude)
         return {
             "exclude_rows": _rows(catalog, self.exclude_items, "exclude_items"),

@@ -17,6 +17,7 @@ Equal in law to the loop, not draw for draw. Everything is built in float64, onc
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
 
 MAX_AMPLIFICATION = 1e4
@@ -61,6 +63,28 @@ class ClosedForm:
     def sample(self, cond: Tensor, z: Tensor) -> Tensor:
         """x_0 [R, D] from the users' share `cond` [R, D] and one standard normal draw `z` [R, D]."""
         return torch.addmm(self.offset + cond @ self.gain.T, z, self.factor.T)
+
+
+class ClosedForms:
+    """The closed forms of one model's plans: each is worked out once, and kept as long as its plan lives; the last 16
+    also for plans that are equal."""
+
+    def __init__(self) -> None:
+        self._by_plan: PerObject[ClosedForm] = PerObject()
+        self._by_numbers: dict[tuple[bytes, bytes], ClosedForm] = {}
+        self._lock = threading.Lock()
+
+    def of(self, plan: StepPlan, denoiser: AffineDenoiser) -> ClosedForm:
+        return self._by_plan.get(plan, lambda plan: self._collapse(plan, denoiser))
+
+    def _collapse(self, plan: StepPlan, denoiser: AffineDenoiser) -> ClosedForm:
+        key = (plan.timesteps.numpy().tobytes(), plan.coef.numpy().tobytes())
+        with self._lock:
+            if key not in self._by_numbers:
+                if len(self._by_numbers) >= 16:
+                    self._by_numbers.pop(next(iter(self._by_numbers)))
+                self._by_numbers[key] = collapse(plan, denoiser.w_x, denoiser.time)
+            return self._by_numbers[key]
 
 
 def collapse(plan: StepPlan, w_x: Tensor, time: Tensor) -> ClosedForm:

@@ -90,17 +90,26 @@ def parse_on_device(histories: Tensor, catalog: ItemCatalog, config: ModelConfig
     place = torch.where(drop, width, (~drop).cumsum(1) - 1)
     rows = torch.full((n_users, width + 1), config.pad_id, device=ids.device).scatter_(1, place, rows)[:, :width]
     lengths = (~drop).sum(1)
-    columns = torch.arange(min(width, config.max_seq_len), device=ids.device)
+    window = window_of(rows, lengths, config)
+    row_key = history_row_key(window.items, window.lengths)
+    check = partial(_check, wrong, ids, catalog, config)
+    return DeviceHistories(window, as_lists(rows), row_key, lengths, (check,))
+
+
+def window_of(rows: Tensor, lengths: Tensor, config: ModelConfig) -> Histories:
+    """What the model sees of whole histories [B, W], left-aligned, pads behind: the last `max_seq_len` of each."""
+    width = rows.shape[1]
+    columns = torch.arange(min(width, config.max_seq_len), device=rows.device)
     window_lengths = lengths.clamp(max=config.max_seq_len)
     source = (lengths - window_lengths)[:, None] + columns
     items = rows.gather(1, source.clamp_(max=width - 1))
-    items = torch.where(columns < window_lengths[:, None], items, config.pad_id)
+    return Histories(torch.where(columns < window_lengths[:, None], items, config.pad_id), window_lengths)
 
-    offsets = torch.arange(n_users + 1, device=ids.device) * width
-    seen = UserLists.trusted(rows.flatten(), offsets)
-    row_key = history_row_key(items, window_lengths)
-    check = partial(_check, wrong, ids, catalog, config)
-    return DeviceHistories(Histories(items, window_lengths), seen, row_key, lengths, (check,))
+
+def as_lists(rows: Tensor) -> UserLists:
+    """[B, W] as lists of W rows each; where pads fill them up: the pad's row is no item."""
+    n_users, width = rows.shape
+    return UserLists.trusted(rows.flatten(), torch.arange(n_users + 1, device=rows.device) * width)
 
 
 def _check(wrong: Tensor, ids: Tensor, catalog: ItemCatalog, config: ModelConfig) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -30,16 +29,17 @@ from fastdiff.arguments import (
 from fastdiff.arithmetic import in_plain_arithmetic, plain_arithmetic
 from fastdiff.catalog import ItemCatalog, TopK
 from fastdiff.checkpoint import Checkpoint, write_folder
-from fastdiff.closed_form import AffineDenoiser, ClosedForm, collapse
+from fastdiff.closed_form import ClosedForms
 from fastdiff.config import DTYPES, GenerationConfig, ModelConfig
 from fastdiff.device_histories import DeviceHistories, can_parse, parse_on_device
 from fastdiff.errors import InvalidArgument
+from fastdiff.graphs import Graphs, why_off
 from fastdiff.histories import ArrayLike, ParsedHistories, parse_histories
 from fastdiff.models import model_class
 from fastdiff.models.base import Histories, Model, OnStep
 from fastdiff.ops.score_topk import check_finite, score_topk
 from fastdiff.output import GenerateOutput, Pending
-from fastdiff.per_object import PerObject
+from fastdiff.pipeline import Pipeline
 from fastdiff.plan import StepPlan
 from fastdiff.staging import finish
 from fastdiff.stopwatch import Stopwatch
@@ -51,6 +51,7 @@ class Engine:
     catalog            the current `ItemCatalog` snapshot; assign an updated one any time, calls under way keep theirs
     generation_config  what `generate()` does where its argument is None
     backends           op name -> the backend that runs it
+    graphs             the CUDA graphs: which calls were replayed, and why the others were not
     """
 
     def __init__(
@@ -59,28 +60,27 @@ class Engine:
         catalog: ItemCatalog,
         generation_config: GenerationConfig,
         backend: str = "auto",
+        cuda_graphs: bool | str = "auto",
     ) -> None:
         self.model = model
         self.device = model.device
         self._on_cpu = model.device.type == "cpu"
-        self._backend = backend
+        self._how = backend, cuda_graphs
+        self._topk_op = score_topk.bind(backend, model.device)
+        self.backends = {name: op.backend for name, op in model.bound.items()} | {"score_topk": self._topk_op.backend}
+        self.graphs = Graphs(model.device, why_off(cuda_graphs, model.device, self.backends))
         self._history_table: tuple[ItemCatalog, Tensor] | None
         self.catalog = self._loaded_catalog = catalog
         self.generation_config = generation_config
         self._make_plan = lru_cache(maxsize=64, typed=True)(model.plan)  # a table takes longer to make than to run
-        self._topk_op = score_topk.bind(backend, model.device)
-        self.backends = {name: op.backend for name, op in model.bound.items()} | {"score_topk": self._topk_op.backend}
-        self._lock = threading.Lock()
-        self._closed_forms: dict[tuple[bytes, bytes], ClosedForm] = {}
-        self._form_of_plan: PerObject[ClosedForm] = PerObject()
+        self._closed_forms = ClosedForms()
         self._default_sampler: tuple[GenerationConfig, tuple[StepPlan, bool]] | None = None
         if generation_config.scheduler == "closed_form":  # a chain that cannot be collapsed is refused at load
-            plan, _ = self._sampler(SamplerRequest(), generation_config)
             none = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
-            cold = Histories(none, none.sum(dim=1))
             with plain_arithmetic(self.device):
-                condition = self._encode(cold, catalog)
-                self._closed_form(model.prepare(condition, plan, generation_config.guidance_scale), plan)
+                plan, closed = self._sampler(SamplerRequest(), generation_config)
+                pipeline = self._pipeline(catalog, plan, closed, resolve_settings(generation_config))
+                pipeline.collapsed(Histories(none, none.sum(dim=1)))
 
     @classmethod
     def from_checkpoint(
@@ -89,12 +89,15 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
+        cuda_graphs: bool | str = "auto",
     ) -> Engine:
         """An engine for a checkpoint in memory.
 
-        device  None keeps where the weights are
-        dtype   of the model's arithmetic; None is float32. The catalogue keeps the table as it was stored, so ranking
-                stays exact under any dtype
+        device       None keeps where the weights are
+        dtype        of the model's arithmetic; None is float32. The catalogue keeps the table as it was stored, so
+                     ranking stays exact under any dtype
+        cuda_graphs  whether calls are captured and replayed (`fastdiff.graphs`). "auto", for now, leaves it off; True
+                     raises `BackendUnavailable` where it cannot be had
         """
         wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype or torch.float32
         if wanted is None or wanted not in DTYPES.values():
@@ -113,11 +116,11 @@ class Engine:
                 checkpoint.item_ids,
                 metric=checkpoint.config.metric,
             )
-        return cls(model, catalog, checkpoint.generation_config, backend)
+        return cls(model, catalog, checkpoint.generation_config, backend, cuda_graphs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Engines travel to other processes, and are copied, as what they are made of."""
-        return _rebuild, (self.model, self.catalog, self._loaded_catalog, self.generation_config, self._backend)
+        return _rebuild, (self.model, self.catalog, self._loaded_catalog, self.generation_config, *self._how)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model, in the dtype that it runs in, as a folder that `from_pretrained` loads. A catalogue that has
@@ -142,6 +145,7 @@ class Engine:
         check_catalog(catalog, self.model)
         self._catalog = catalog
         self._history_table = None  # of the snapshot before
+        self.graphs.renew(catalog)
 
     @property
     def config(self) -> ModelConfig:
@@ -226,37 +230,32 @@ class Engine:
             ranking, filter_seen, exclude_items, candidate_items, user_exclude_items, user_candidate_items
         )
         parsed = self._parse(histories, catalog)
-        n_users, n_samples = parsed.n_users, settings.num_samples
         request = NoiseRequest(noise, generator, seed, request_ids)
-        draws, used_seed = request.resolve(parsed, n_samples, self.model, plan, closed)
-        filters = candidates.resolve(catalog, self.config, parsed, defaults.filter_seen)
-        watch.lap("prepare")
-        if n_users == 0:
-            return self._empty(catalog, settings, used_seed, output_embeddings, watch)
+        watched = show_progress or callback_on_step_end is not None
+        pipeline = self._pipeline(catalog, plan, closed, settings)
 
-        condition = self._encode(parsed.window, catalog)
-        watch.lap("encode")
-
-        state = self.model.prepare(condition, plan, settings.guidance_scale)
-        state = self.model.repeat(state, n_samples) if n_samples > 1 else state
-        if closed:
-            form, affine = self._closed_form(state, plan)
-            x_0 = self.model.bound["sample_affine"](form, affine.cond, affine.uncond, affine.guidance_scale, draws)
-        elif show_progress:
-            with _progress(plan, callback_on_step_end) as on_step:
-                x_0 = self.model.sample(state, plan, draws, on_step)
+        inputs = self.graphs.inputs(parsed, request, candidates, self.config, defaults.filter_seen, watched)
+        if inputs is not None:
+            used_seed: int | None = inputs.seed
+            watch.lap("prepare")
+            query, top = self.graphs.run(pipeline, inputs)
         else:
-            x_0 = self.model.sample(state, plan, draws, callback_on_step_end)
-        query = self.model.readout(x_0)
-        query = query if n_samples == 1 else query.view(n_users, n_samples, -1)
-        watch.lap("denoise")
+            if isinstance(parsed, ParsedHistories) and not self._on_cpu:
+                parsed = DeviceHistories.of(parsed, self.device)
+            draws, used_seed = request.resolve(parsed, settings.num_samples, self.model, plan, closed)
+            filters = candidates.resolve(catalog, self.config, parsed, defaults.filter_seen)
+            watch.lap("prepare")
+            if parsed.n_users == 0:
+                return self._empty(catalog, settings, used_seed, output_embeddings, watch)
+            steps = _progress(plan, callback_on_step_end) if show_progress else nullcontext(callback_on_step_end)
+            with steps as on_step:
+                query, top = pipeline(parsed.window, draws, filters, on_step, watch.lap)
 
-        top = catalog.topk(query, settings.top_k, aggregation=settings.aggregation, topk_op=self._topk_op, **filters)
         embeddings = query if output_embeddings else None
         item_ids = catalog.external(top.rows) if self._on_cpu else None
-        watch.lap("rank")
+        watch.lap("rank" if inputs is None else "graph")
         pending = None
-        if isinstance(parsed, DeviceHistories):
+        if not self._on_cpu:
             pending = Pending([*parsed.checks, partial(check_finite, query)], catalog.external)
         return GenerateOutput(item_ids, top, embeddings, used_seed, watch, pending)
 
@@ -339,34 +338,16 @@ class Engine:
             return parse_histories(histories, catalog, self.config)
         if isinstance(histories, Tensor) and histories.device == self.device and can_parse(histories, catalog):
             return parse_on_device(histories, catalog, self.config)
-        return DeviceHistories.of(parse_histories(histories, catalog, self.config), self.device)
+        return parse_histories(histories, catalog, self.config)
 
-    def _encode(self, window: Histories, catalog: ItemCatalog) -> Any:
+    def _pipeline(self, catalog: ItemCatalog, plan: StepPlan, closed: bool, settings: Settings) -> Pipeline:
         kept = self._history_table
         if kept is None or kept[0] is not catalog:
             kept = (catalog, catalog.table.to(self.device, self.model.dtype))
             finish(self.device)
             self._history_table = kept
-        return self.model.encode(window, kept[1])
-
-    def _closed_form(self, state: Any, plan: StepPlan) -> tuple[ClosedForm, AffineDenoiser]:
-        affine = self.model.affine(state, plan)
-        if affine is None:
-            raise InvalidArgument(
-                f"generate: scheduler='closed_form' needs a linear denoiser, and this {self.config.method} model's is "
-                "not linear; use another scheduler"
-            )
-        return self._form_of_plan.get(plan, lambda plan: self._collapse(plan, affine)), affine
-
-    def _collapse(self, plan: StepPlan, affine: AffineDenoiser) -> ClosedForm:
-        """The closed form of a plan that this engine has not seen as an object: another one may have been equal."""
-        key = (plan.timesteps.numpy().tobytes(), plan.coef.numpy().tobytes())
-        with self._lock:
-            if key not in self._closed_forms:
-                if len(self._closed_forms) >= 16:
-                    self._closed_forms.pop(next(iter(self._closed_forms)))
-                self._closed_forms[key] = collapse(plan, affine.w_x, affine.time)
-            return self._closed_forms[key]
+        forms = self._closed_forms if closed else None
+        return Pipeline(self.model, catalog, kept[1], plan, forms, settings, self._topk_op)
 
     def _empty(
         self, catalog: ItemCatalog, settings: Settings, seed: int | None, embeddings: bool, watch: Stopwatch
@@ -401,8 +382,9 @@ def _rebuild(
     loaded_catalog: ItemCatalog,
     generation_config: GenerationConfig,
     backend: str,
+    cuda_graphs: bool | str,
 ) -> Engine:
-    engine = Engine(model, loaded_catalog, generation_config, backend)
+    engine = Engine(model, loaded_catalog, generation_config, backend, cuda_graphs)
     engine.catalog = catalog
     return engine
 

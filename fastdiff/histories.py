@@ -6,9 +6,9 @@ cold user), or one padded integer array or tensor `[B, L]`, padded on either sid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,7 @@ Packed = tuple[IntArray, IntArray, IntArray, IntArray, IntArray | None]
 
 
 class ParsedHistories:
-    """The histories of one call.
+    """The histories of one call, on the host.
 
     n_users   B
     window    what the model sees
@@ -45,6 +45,8 @@ class ParsedHistories:
     """
 
     __slots__ = ("_offsets", "_row_key", "_rows", "n_users", "window")
+
+    checks: ClassVar[tuple[Callable[[], None], ...]] = ()  # they were made
 
     def __init__(self, packed: Packed) -> None:
         items, lengths, self._rows, self._offsets, self._row_key = packed

@@ -17,16 +17,19 @@ def from_pretrained(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    cuda_graphs: bool | str = "auto",
 ) -> Engine:
     """Load a native folder (`config.json`, `generation_config.json`, `model.safetensors`), as `fastdiff convert` and
     `Engine.save_pretrained` write it.
 
-    device   "cpu" or "cuda"; None is the CPU
-    dtype    of the model's arithmetic: torch.float32 (None), float64, bfloat16 or float16
-    backend  "auto", or one of `available_backends()`: a named backend either runs or raises `BackendUnavailable`
+    device       "cpu" or "cuda"; None is the CPU
+    dtype        of the model's arithmetic: torch.float32 (None), float64, bfloat16 or float16
+    backend      "auto", or one of `available_backends()`: a named backend either runs or raises `BackendUnavailable`
+    cuda_graphs  whether calls are captured in CUDA graphs and replayed: True, False, or "auto", which is False until
+                 they have been run on a GPU (see `fastdiff.graphs`)
     Raises `CheckpointError` naming what is wrong with the folder.
     """
-    return Engine.from_checkpoint(read_folder(folder), device, dtype, backend)
+    return Engine.from_checkpoint(read_folder(folder), device, dtype, backend, cuda_graphs)
 
 
 def accelerate(
@@ -35,6 +38,7 @@ def accelerate(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    cuda_graphs: bool | str = "auto",
 ) -> Engine:
     """An engine for a live model of the authors' code: the drop-in for its slow `predict`.
 
@@ -46,4 +50,4 @@ def accelerate(
     A snapshot: the weights are copied, later training of the model does not reach the engine; call accelerate again.
     Raises `CheckpointError` naming the settings that are missing, or that contradict the model.
     """
-    return Engine.from_checkpoint(from_module(model, settings), device, dtype, backend)
+    return Engine.from_checkpoint(from_module(model, settings), device, dtype, backend, cuda_graphs)

@@ -92,7 +92,7 @@ class PhiloxNoise(Noise):
     little more than the hundred small tensor operations that it takes.
 
     seed     an int of 64 bits; or a tensor [1] int64 on the device, for a captured CUDA graph, which is replayed with
-             others. The ops in C++ take an int only
+             others
     row_key  [R] int64   sample  [R] int64, the sample index of each row
     normals  the op `philox_normals`, bound to the backend of the run
     """

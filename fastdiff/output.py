@@ -88,7 +88,8 @@ class GenerateOutput:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of each stage: "prepare" (check, map and pack the histories), "encode", "denoise", "rank"."""
+        """Seconds of each stage: "prepare" (check, map and pack the histories), "encode", "denoise", "rank"; or
+        "prepare" and "graph", where a CUDA graph does the rest."""
         return self._stopwatch.seconds()
 
     def to_tuple(self) -> tuple[Tensor | IdArray, Tensor]:

@@ -15,7 +15,8 @@ Made = TypeVar("Made")
 class PerObject(Generic[Made]):
     """Values by object, told apart by identity; an object must not change afterwards. Not pickled: copies start empty.
 
-    Safe to use from several threads: two that come first may both make a value, and either serves.
+    Safe to use from several threads: two that come first may both make a value, and the one that is kept first stays,
+    for a captured CUDA graph may read it.
     """
 
     def __init__(self) -> None:
@@ -35,8 +36,11 @@ class PerObject(Generic[Made]):
             if now is not None and now[0] is dead:  # another object may have taken the address in the meantime
                 entries.pop(key, None)
 
-        entries[key] = (weakref.ref(owner, forget), made)
-        return made
+        mine = (weakref.ref(owner, forget), made)
+        kept = entries.setdefault(key, mine)
+        if kept[0]() is not owner:  # left by an object that died
+            entries[key] = kept = mine
+        return kept[1]
 
     def __reduce__(self) -> tuple[type[PerObject[Made]], tuple[()]]:
         return PerObject, ()
@@ -48,7 +52,7 @@ _made: dict[Callable[[Any], Any], PerObject[Any]] = {}
 def packed(owner: Owner, make: Callable[[Owner], Made]) -> Made:
     """make(owner), kept as long as `owner` lives. An owner is told by identity; it must not change afterwards.
 
-    make  a function of a module, since it is part of the key. Two threads may both make one; either result serves
+    make  a function of a module, since it is part of the key
     """
     cache = _made.get(make)
     if cache is None:

@@ -31,6 +31,7 @@ from fastdiff.kernels.rows import layer_norm
 from fastdiff.kernels.runtime import next_power_of_2
 from fastdiff.ops.causal_transformer import BlockWeights
 from fastdiff.per_object import packed
+from fastdiff.staging import finish
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 """What of a launcher's configuration is for the compiler; the rest are a kernel's constants."""
@@ -139,7 +140,8 @@ def packed_blocks(blocks: Sequence[BlockWeights]) -> PackedBlocks:
             BlockSizes.of(blocks[0]),
             blocks[0].eps,
         )
-        stacks[key] = others, stack  # the others are kept, so that their ids stay theirs
+        finish(stack.matrices.device)
+        stacks.setdefault(key, (others, stack))  # the others are kept, so that their ids stay theirs
     return stacks[key][1]
 
 

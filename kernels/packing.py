@@ -43,7 +43,7 @@ def coef_on(coef: Tensor, device: torch.device) -> Tensor:
     """A plan's coefficients [S, 3] in float32 on `device`, copied there once."""
     tables = packed(coef, _no_tables)
     if device not in tables:
-        tables[device] = coef.to(device, torch.float32)
+        tables.setdefault(device, coef.to(device, torch.float32))
     return tables[device]
 
 

@@ -67,11 +67,9 @@ from fastdiff.ops.prepare_causal_prefix import prepare_causal_prefix
 from fastdiff.ops.row_linear import LinearWeights, row_linear
 from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
-from fastdiff.staging import finish
 
 NORM_EPS = 1e-12
 MLP_NORM_EPS = 1e-5
-_PLANS_KEPT = 64  # as many as the engine keeps
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class ADRec(Model[ADRecCondition, ADRecState]):
             _block(weights, f"{_ENCODER}.{layer}", config.n_heads) for layer in range(config.n_encoder_layers)
         )
         self.encoder_pads = Pads.of(self.encoder, self.normed(pad_item).unsqueeze(0))
-        self._times: dict[bytes, Tensor] = {}
+        self._times: PerObject[Tensor] = PerObject()
         if config.decoder == "mlp":
             self.mlp = self._mlp()
             self._samplers: PerObject[MLPSampler] = PerObject()
@@ -220,7 +218,7 @@ class ADRec(Model[ADRecCondition, ADRecState]):
 
     def prepare(self, condition: ADRecCondition, plan: StepPlan, guidance_scale: float) -> ADRecState:
         if self.config.decoder == "attention":
-            time = self._time_of(plan)
+            time = self._times.get(plan, self._time_of)
             prefix = self.bound["prepare_causal_prefix"](
                 condition.rows,
                 condition.last,
@@ -245,17 +243,8 @@ class ADRec(Model[ADRecCondition, ADRecState]):
 
     def _time_of(self, plan: StepPlan) -> Tensor:
         """lambda tau(t) [S, D] of each step, or what the MLP decoder's first layer makes of it [S, 4 D]."""
-        key = plan.timesteps.numpy().tobytes()
-        time = self._times.get(key)
-        if time is None:
-            time = self.lambda_ * self.time_embedding(self.timesteps_of(plan, 0, self.schedule.num_train_timesteps))
-            if self.config.decoder == "mlp":
-                time = time @ self.mlp_condition.weight.T
-            if len(self._times) >= _PLANS_KEPT:
-                self._times.clear()
-            finish(self.device)
-            self._times[key] = time
-        return time
+        time = self.lambda_ * self.time_embedding(self.timesteps_of(plan, 0, self.schedule.num_train_timesteps))
+        return time @ self.mlp_condition.weight.T if self.config.decoder == "mlp" else time
 
     def repeat(self, state: ADRecState, num_samples: int) -> ADRecState:
         if isinstance(state, AttentionState):

@@ -44,8 +44,8 @@ from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.decode_context import ContextDecoder, decode_context
 from fastdiff.ops.encode_padded_history import PaddedEncoder, encode_padded_history
 from fastdiff.ops.padded_transformer import Layer, PaddedBlock
+from fastdiff.per_object import PerObject
 from fastdiff.plan import StepPlan
-from fastdiff.staging import finish
 
 ENCODER_EPS = 1e-12
 DECODER_EPS = 1e-5
@@ -120,7 +120,7 @@ class CDDRec(Model[Tensor, CDDRecState]):
         weight, bias = weights[f"{name}.in_proj_weight"], weights[f"{name}.in_proj_bias"]
         values = F.linear(weights["time_embeddings.weight"], weight[2 * dim :], bias[2 * dim :])
         self._cross = F.linear(values, *self._layer(f"{name}.out_proj"))
-        self._last_plan: tuple[StepPlan, Tensor] | None = None  # and its rows of the table: most calls repeat a plan
+        self._cross_of_plan: PerObject[Tensor] = PerObject()
 
     def _layer(self, name: str) -> Layer:
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
@@ -175,12 +175,10 @@ class CDDRec(Model[Tensor, CDDRecState]):
             raise InvalidArgument(
                 f"generate: guidance_scale must be 1: CDDRec has no unconditional branch (got {guidance_scale:g})"
             )
-        last = self._last_plan
-        if last is None or last[0] is not plan:
-            cross = self._cross[self.timesteps_of(plan, 0, self._cross.shape[0] - 1)]
-            finish(self.device)
-            self._last_plan = last = (plan, cross)
-        return CDDRecState(condition, last[1], self._decoder)
+        return CDDRecState(condition, self._cross_of_plan.get(plan, self._cross_rows), self._decoder)
+
+    def _cross_rows(self, plan: StepPlan) -> Tensor:
+        return self._cross[self.timesteps_of(plan, 0, self._cross.shape[0] - 1)]
 
     def repeat(self, state: CDDRecState, num_samples: int) -> CDDRecState:
         return CDDRecState(state.context, state.cross, state.decoder, state.num_samples * num_samples)

@@ -33,6 +33,8 @@ BACKENDS = ("torch", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("torch",)}
 """What "auto" tries, by the type of the device. The Triton kernels run where they are named: their tests interpret and
 compile them, but they have not been run on a GPU yet, so nobody gets them unasked."""
+CAPTURABLE = ("triton",)
+"""Backends whose launchers wait for nothing, so that a call made of them can be captured in a CUDA graph."""
 DTYPES = {"cpu": (torch.float32,), "triton": (torch.float32, torch.float16, torch.bfloat16)}
 """The dtypes in which a backend computes; a backend that is not named takes any."""
 

@@ -34,7 +34,7 @@ def philox_normals_ref(
 ) -> Tensor:
     """Standard normals `[n, R, dim]` float32 for the draws numbered first_draw .. first_draw + n - 1.
 
-    seed     int of 64 bits, signed or not; but for backend 'cpu' also a tensor [1] int64 on the device
+    seed     int of 64 bits, signed or not; or a tensor [1] int64 on the device
     row_key  [R] int64      sample  [R] int64 in 0 .. 2^16 - 1
     first_draw, n_draws     0 or more, their sum at most 2^32
     """

@@ -24,6 +24,10 @@ class StepNoise(NamedTuple):
     row_key: Tensor | None
     sample: Tensor | None
 
+    def on_host(self) -> StepNoise:
+        """With the seed as an int, as C++ takes it."""
+        return self._replace(seed=signed(self.seed)) if isinstance(self.seed, Tensor) else self
+
 
 def step_noise(noise: Noise, coef: Tensor, first: int = 0) -> StepNoise:
     """What the steps of `coef` `[S, 3]` from number `first` on need of `noise`: draws 1 + first, 2 + first, ...

@@ -160,9 +160,9 @@ class ScanTable:
         if not self.automatic:
             return self
         made: ScanTable | None = self.__dict__.get("_int8")
-        if made is None:  # two threads may both make it; one copy stays
-            made = ScanTable.build(item_emb, torch.int8, certified=self.certified)
-            self.__dict__["_int8"] = made
+        if made is None:  # two threads may both make it; the first copy stays
+            copy = ScanTable.build(item_emb, torch.int8, certified=self.certified)
+            made = self.__dict__.setdefault("_int8", copy)
         return made
 
     @property

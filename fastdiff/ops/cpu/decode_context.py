@@ -27,7 +27,7 @@ def decode_context(
     table = coef.tolist()
     first = first_step(table)
     x_t = None if table[first][1] == 0 else noise.draw(0)
-    draws = step_noise(noise, coef, first)
+    draws = step_noise(noise, coef, first).on_host()
     if first > 0:
         cross, coef = cross[first:], coef[first:]
     x_0: Tensor = torch.ops.fastdiff.decode_context.default(

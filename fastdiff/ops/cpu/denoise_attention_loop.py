@@ -47,6 +47,6 @@ def denoise_attention_loop(
         time,
         coef,
         normalize,
-        *step_noise(noise, coef),
+        *step_noise(noise, coef).on_host(),
     )
     return x_0

@@ -29,7 +29,7 @@ def denoise_mlp_loop(
     if x_t is None and not isinstance(noise, PhiloxNoise):
         x_t = noise.draw(0)
     x_0: Tensor = torch.ops.fastdiff.denoise_mlp_loop.default(
-        x_t, network, steps, dim, cond, uncond, guidance_scale, *step_noise(noise, sampler.coef)
+        x_t, network, steps, dim, cond, uncond, guidance_scale, *step_noise(noise, sampler.coef).on_host()
     )
     return x_0
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.errors import InvalidArgument
-
 
 def signed(seed: int | Tensor) -> int:
     """The 64 bits of a seed as the signed integer that a C++ op takes."""
     if isinstance(seed, Tensor):
-        raise InvalidArgument("philox_normals: backend 'cpu' takes a seed as an int (got a tensor); use seed.item()")
+        return int(seed)
     return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
