@@ -52,6 +52,7 @@ class Rerun:
     def __init__(self, run: Callable[[], Ranked]) -> None:
         self._run, self.ranked = run, run()
 
+    @torch.inference_mode()  # in which all tensors may be written to
     def replay(self) -> None:
         for kept, now in zip(tensors_of(self.ranked), tensors_of(self._run()), strict=True):
             kept.copy_(now)

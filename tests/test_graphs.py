@@ -1,4 +1,4 @@
-"""Calls that are captured and replayed: with stand-ins for CUDA graphs, on the CPU. `test_cuda.py` has the real ones."""
+"""Calls that are captured and replayed, on the CPU with stand-ins for CUDA graphs; `test_cuda.py` has the real ones."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def with_graphs(engine: Engine, make_recorder: Callable[[torch.device], Any] = R
 
 def same(got: GenerateOutput, expected: GenerateOutput) -> bool:
     pairs = [(got.scores, expected.scores), (got.num_valid, expected.num_valid)]
-    pairs += [(torch.as_tensor(got.item_ids), torch.as_tensor(expected.item_ids))]
     if expected.embeddings is not None:
         assert got.embeddings is not None
         pairs.append((got.embeddings, expected.embeddings))
-    return got.seed == expected.seed and all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    same_ids = got.item_ids.tolist() == expected.item_ids.tolist()
+    return same_ids and got.seed == expected.seed and all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def agree(got: GenerateOutput, expected: GenerateOutput, exactly: bool) -> bool:
@@ -282,7 +282,7 @@ def test_many_threads(method: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         assert all(all(right) for right in pool.map(work, range(6)))
     calls = engine.graphs.calls
-    assert sum(calls.values()) == 6 * 2 * len(cases) - sum(range(6))
+    assert sum(calls.values()) == 6 * 2 * len(cases)
     assert calls["replayed"] > 0
     assert len(engine.graphs) <= 3
 
@@ -298,20 +298,17 @@ def test_graphs_are_dropped_together_and_not_too_often() -> None:
 
     for n_users in (1, 1, 2, 2, 3, 3, 1, 2):
         ask(n_users)
-    assert engine.graphs.calls == {FIRST: 3, "captured": 3, "replayed": 0} | {"captured": 4, "replayed": 1}
-    assert len(recorders) == 2  # the first time, there is no waiting
-    assert recorders[0].finished
-    before = engine.graphs.calls
-    for _ in range(5):
-        ask(1)
-    assert engine.graphs.calls["no room for another graph"] >= 1
+    # the first time that they are full, they are dropped at once; 2 finds 3 and 1 there
+    assert engine.graphs.calls == {FIRST: 3, "captured": 4, "no room for another graph": 1}
     assert len(recorders) == 2
-    assert before["captured"] == engine.graphs.calls["captured"]
-    for _ in range(10):
-        ask(2)
-    ask(1)
+    assert recorders[0].finished
+    for _ in range(7):
+        ask(1)
+    assert engine.graphs.calls == {FIRST: 3, "captured": 4, "no room for another graph": 1, "replayed": 7}
+    ask(2)
     assert len(recorders) == 3
     assert len(engine.graphs) == 1
+    assert engine.graphs.calls["captured"] == 5
 
 
 def test_no_graph_is_captured_where_they_hold_too_many_bytes() -> None:
