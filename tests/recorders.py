@@ -69,7 +69,8 @@ class Reruns(_OneAtATime):
 class Tape(TorchDispatchMode):
     """The operations of PyTorch and the launches of (interpreted) kernels, in order, with the numbers and the tensors
     that they had: all that a CUDA graph knows. Replayed, they read and write these same tensors; no Python of the
-    engine runs. An operation that would wait for the device is an error while it is recorded."""
+    engine runs. An operation that would wait for the device is an error while it is recorded, and so is a tensor made
+    of numbers of Python, which would be copied up."""
 
     def __init__(self, run: Callable[[], Ranked]) -> None:
         super().__init__()
@@ -81,6 +82,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        assert func._schema.name != "aten::lift_fresh", "numbers of Python become a tensor"
         given = self._note((args, kwargs))
         made = func(*args, **kwargs)
         self._steps.append((func, args, kwargs, made))
@@ -123,10 +125,10 @@ class Tape(TorchDispatchMode):
                 if _place(before) != _place(now) and "empty" not in str(func):
                     before.copy_(now)
 
-    def forget(self) -> list[StorageWeakRef]:
-        """The tape, emptied: what it read and had not made itself, without keeping it alive."""
+    def forget(self) -> dict[int, StorageWeakRef]:
+        """The tape, emptied: the storages, by address, that it read and had not made, without keeping them alive."""
         self._steps.clear()
-        return list(self._read.values())
+        return self._read
 
 
 class Tapes(_OneAtATime):

@@ -406,16 +406,14 @@ def taped(method: str, **changes: Any) -> Engine:
 def test_kernels_replayed_without_python(method: str, backend: str) -> None:
     """What is recorded holds nothing of the call with which it was recorded."""
     engine, plain = taped(method), small_engine(method, backend=backend)
-    low = first_id(engine)
+    low, asked = first_id(engine), {"top_k": 5, "num_inference_steps": 2, "output_embeddings": True}
     for histories, seed in (
         ([[low + 3, low + 4], []], 1),
         ([[low + 9], [low + 1] * 7], 2),
         ([[low + 9, low + 3, low + 4], [low + 1] * 8], 3),
         ([[], [low + 2]], (1 << 63) + 5),
     ):
-        got, expected = (
-            each.generate(histories, top_k=5, seed=seed, output_embeddings=True) for each in (engine, plain)
-        )
+        got, expected = (each.generate(histories, seed=seed, **asked) for each in (engine, plain))
         assert got.item_ids.tolist() == expected.item_ids.tolist()
         assert agree(got, expected, exactly=False)
     assert engine.graphs.calls == {FIRST: 1, "captured": 1, "replayed": 2}
@@ -426,7 +424,7 @@ def test_kernels_replayed_without_python(method: str, backend: str) -> None:
     [
         ("dreamrec", {"num_samples": 2, "guidance_scale": 2.0}),
         ("dreamrec", {"scheduler": "closed_form"}),
-        ("adrec", {"num_samples": 2, "aggregation": "mean", "guidance_scale": 1.5}),
+        ("adrec", {"num_samples": 2, "aggregation": "mean", "guidance_scale": 1.5, "num_inference_steps": 2}),
         ("cddrec", {"num_inference_steps": 3}),
     ],
 )
@@ -436,7 +434,7 @@ def test_kernels_replayed_for_long_histories(method: str, arguments: dict[str, A
     low = first_id(engine)
     for seed in (1, 2, 3):
         histories = [[low + (seed + place) % 50 for place in range(11 + seed)], [low + seed]]
-        asked = {"top_k": 5, "seed": seed, "filter_seen": True} | arguments
+        asked = {"top_k": 5, "seed": seed, "filter_seen": True, **arguments}
         got, expected = engine.generate(histories, **asked), plain.generate(histories, **asked)
         assert got.item_ids.tolist() == expected.item_ids.tolist()
         assert agree(got, expected, exactly=False)
@@ -446,7 +444,7 @@ def test_kernels_replayed_for_long_histories(method: str, arguments: dict[str, A
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backend", [TRITON])
 def test_what_a_graph_reads_is_kept_for_it(method: str, backend: str) -> None:
-    """Whatever other calls do to what is kept for plans and sizes."""
+    """Whatever other calls do to what is kept for plans and sizes. It reads nothing that stays on the host."""
     engine = taped(method)
     low = first_id(engine)
 
@@ -458,8 +456,10 @@ def test_what_a_graph_reads_is_kept_for_it(method: str, backend: str) -> None:
     (kept,) = engine.graphs._kept.values()
     read = kept.recording.forget()  # type: ignore[attr-defined]
     assert len(read) > 5
+    for on_host in (kept.pipeline.plan.coef, kept.pipeline.plan.timesteps):
+        assert on_host.untyped_storage().data_ptr() not in read
     engine._make_plan.cache_clear()
     for steps in (1, 3):
         ask(2, steps)
     gc.collect()
-    assert not any(reference.expired() for reference in read)
+    assert not any(reference.expired() for reference in read.values())
