@@ -129,6 +129,34 @@ def test_ids_that_are_strings_and_calls_with_other_settings() -> None:
     assert len(engine.graphs) == 4
 
 
+def test_calls_that_differ_in_one_thing_share_no_graph() -> None:
+    engine, plain = with_graphs(small_engine("dreamrec")), small_engine("dreamrec")
+    base: dict[str, Any] = {
+        "top_k": 5,
+        "num_samples": 2,
+        "aggregation": "max",
+        "filter_seen": True,
+        "scheduler": "ddpm",
+    }
+    changes: list[dict[str, Any]] = [
+        {},
+        {"filter_seen": False},
+        {"scheduler": "closed_form"},
+        {"scheduler": "ddim"},
+        {"aggregation": "mean"},
+        {"num_samples": 3},
+        {"guidance_scale": 3.0},
+        {"top_k": 6},
+    ]
+    histories = [[3, 7, 7, 20], [], [5]]  # all within the window: the same bucket, whatever is filtered
+    for seed in (1, 2, 3):
+        for change in changes:
+            asked = base | change | {"seed": seed, "output_embeddings": True}
+            assert agree(engine.generate(histories, **asked), plain.generate(histories, **asked), "cpu" in WAITING)
+    count = len(changes)
+    assert engine.graphs.calls == {FIRST: count, "captured": count, "replayed": count}
+
+
 def test_a_seed_is_drawn_once() -> None:
     engine, plain = with_graphs(small_engine("tarec")), small_engine("tarec")
     for histories in ([[3, 4]], [[3, 4]], [[3, 4]], [[1]] * (MOST_USERS + 1)):
