@@ -215,7 +215,7 @@ class NoiseRequest:
             start = given[0]
         seed, row_key = self.keys(histories)
         row_key = row_key if row_key.device == device else upload([row_key], device)[0]
-        philox = philox_noise(model, seed, row_key, _sample_index(n_users, num_samples, device))
+        philox = philox_noise(model, seed, row_key, num_samples, _sample_index(n_users, num_samples, device))
         return (philox if start is None else StartNoise(start, philox)), seed
 
     def keys(self, histories: ParsedHistories | DeviceHistories) -> tuple[int, Tensor]:
@@ -256,10 +256,11 @@ class NoiseRequest:
         return noise.reshape(draws, n_users * num_samples, dim), shape == row
 
 
-def philox_noise(model: Model[Any, Any], seed: int | Tensor, row_key: Tensor, sample: Tensor) -> PhiloxNoise:
-    """The draws of users whose keys are `row_key` [B], for samples [B * num_samples] in a row."""
-    times = sample.numel() // max(1, row_key.numel())
-    row_key = row_key if times == 1 else row_key.repeat_interleave(times)
+def philox_noise(
+    model: Model[Any, Any], seed: int | Tensor, row_key: Tensor, num_samples: int, sample: Tensor
+) -> PhiloxNoise:
+    """The draws of users whose keys are `row_key` [B]; sample [B * num_samples]: which of its user's each row is."""
+    row_key = row_key if num_samples == 1 else row_key.repeat_interleave(num_samples)
     return PhiloxNoise(seed, row_key, sample, model.config.hidden_size, model.dtype, model.bound["philox_normals"])
 
 

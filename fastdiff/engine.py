@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -231,25 +231,28 @@ class Engine:
         )
         parsed = self._parse(histories, catalog)
         request = NoiseRequest(noise, generator, seed, request_ids)
-        watched = show_progress or callback_on_step_end is not None
         pipeline = self._pipeline(catalog, plan, closed, settings)
-
-        inputs = self.graphs.inputs(parsed, request, candidates, self.config, defaults.filter_seen, watched)
+        inputs = None
+        if self.graphs.why_off is None:
+            watched = show_progress or callback_on_step_end is not None
+            inputs = self.graphs.inputs(parsed, request, candidates, self.config, defaults.filter_seen, watched)
         if inputs is not None:
             used_seed: int | None = inputs.seed
             watch.lap("prepare")
             query, top = self.graphs.run(pipeline, inputs)
         else:
-            if isinstance(parsed, ParsedHistories) and not self._on_cpu:
+            if not self._on_cpu and isinstance(parsed, ParsedHistories):
                 parsed = DeviceHistories.of(parsed, self.device)
             draws, used_seed = request.resolve(parsed, settings.num_samples, self.model, plan, closed)
             filters = candidates.resolve(catalog, self.config, parsed, defaults.filter_seen)
             watch.lap("prepare")
             if parsed.n_users == 0:
                 return self._empty(catalog, settings, used_seed, output_embeddings, watch)
-            steps = _progress(plan, callback_on_step_end) if show_progress else nullcontext(callback_on_step_end)
-            with steps as on_step:
-                query, top = pipeline(parsed.window, draws, filters, on_step, watch.lap)
+            if show_progress:
+                with _progress(plan, callback_on_step_end) as on_step:
+                    query, top = pipeline(parsed.window, draws, filters, on_step, watch.lap)
+            else:
+                query, top = pipeline(parsed.window, draws, filters, callback_on_step_end, watch.lap)
 
         embeddings = query if output_embeddings else None
         item_ids = catalog.external(top.rows) if self._on_cpu else None

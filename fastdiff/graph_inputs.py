@@ -131,5 +131,5 @@ def run_padded(pipeline: Pipeline, flat: Tensor, bucket: Bucket, filters_seen: b
     model, n_samples = pipeline.model, pipeline.settings.num_samples
     longer = bucket.slots > model.config.max_seq_len
     window = window_of(rows, lengths, model.config) if longer else Histories(rows, lengths)
-    noise = philox_noise(model, seed, row_key, make_sample_index(bucket.users, n_samples, flat.device))
+    noise = philox_noise(model, seed, row_key, n_samples, make_sample_index(bucket.users, n_samples, flat.device))
     return pipeline(window, noise, {"user_exclude": as_lists(rows) if filters_seen else None})

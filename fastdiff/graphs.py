@@ -37,6 +37,7 @@ from fastdiff.errors import BackendUnavailable, InvalidArgument
 from fastdiff.graph_inputs import MOST_NUMBERS, Inputs, pack_inputs, run_padded
 from fastdiff.histories import ParsedHistories
 from fastdiff.ops.backend import CAPTURABLE
+from fastdiff.per_object import PerObject
 from fastdiff.pipeline import Pipeline, Ranked
 from fastdiff.recorder import CudaRecorder, Recorder, Recording
 
@@ -85,6 +86,7 @@ class Graphs:
         self._calls: Counter[str] = Counter()
         self._seen: OrderedDict[tuple[Any, ...], None] = OrderedDict()
         self._kept: dict[tuple[Any, ...], _Kept] = {}
+        self._names: PerObject[object] = PerObject()  # of plans; a number may come again when a plan has gone
         self._recorder: Recorder | None = None
         self._buffer: Tensor | None = None
         self._n_bytes = 0
@@ -142,7 +144,8 @@ class Graphs:
 
     def run(self, pipeline: Pipeline, inputs: Inputs) -> Ranked:
         """The call's own rows of what `run_padded` gives, in memory that is the caller's."""
-        key = (inputs.bucket, inputs.filters_seen, id(pipeline.plan), pipeline.forms is None, pipeline.settings)
+        plan = self._names.get(pipeline.plan, lambda plan: object())
+        key = (inputs.bucket, inputs.filters_seen, plan, pipeline.forms is None, pipeline.settings)
         with self._lock:
             self._since_drop += 1
             kept = self._kept.get(key) if pipeline.catalog is self._catalog else None

@@ -52,24 +52,22 @@ class Pipeline(NamedTuple):
         lap: Callable[[str], None] = lambda stage: None,
     ) -> Ranked:
         """filters: arguments of `ItemCatalog.topk`; lap: told the name of each stage when its work has been given."""
-        model, plan, settings = self.model, self.plan, self.settings
-        condition = model.encode(window, self.table)
+        model, catalog, table, plan, forms, (top_k, guidance_scale, n_samples, aggregation), topk_op = self
+        condition = model.encode(window, table)
         lap("encode")
 
-        state = model.prepare(condition, plan, settings.guidance_scale)
-        n_samples = settings.num_samples
+        state = model.prepare(condition, plan, guidance_scale)
         state = model.repeat(state, n_samples) if n_samples > 1 else state
-        if self.forms is None:
+        if forms is None:
             x_0 = model.sample(state, plan, noise, on_step)
         else:
-            form, affine = self._closed_form(self.forms, state)
+            form, affine = self._closed_form(forms, state)
             x_0 = model.bound["sample_affine"](form, affine.cond, affine.uncond, affine.guidance_scale, noise)
         query = model.readout(x_0)
         query = query if n_samples == 1 else query.view(window.batch_size, n_samples, -1)
         lap("denoise")
 
-        how = settings.aggregation
-        return Ranked(query, self.catalog.topk(query, settings.top_k, aggregation=how, topk_op=self.topk_op, **filters))
+        return Ranked(query, catalog.topk(query, top_k, aggregation=aggregation, topk_op=topk_op, **filters))
 
     def collapsed(self, window: Histories) -> None:
         """Raises where the plan cannot be run in closed form, which is made and kept."""

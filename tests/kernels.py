@@ -1,5 +1,5 @@
 """Checks the Triton kernels where there is no GPU: compiles every configuration that a launcher may choose for sm_80,
-sm_90 and sm_100, and runs the tests of ops and models with the kernels interpreted.
+sm_90 and sm_100, and runs the tests of ops, models and graphs with the kernels interpreted.
 
     python -m tests.kernels
 
@@ -26,7 +26,7 @@ CHECKS = {
     "compiled ahead of time": (COMPILED, [["-m", "fastdiff.kernels.precompile"]]),
     "interpreted": (
         INTERPRETED,
-        [[*TESTS, LONGEST], [*TESTS, "tests/ops", "tests/models", f"--ignore={LONGEST}"]],
+        [[*TESTS, LONGEST], [*TESTS, "tests/ops", "tests/models", "tests/test_graphs.py", f"--ignore={LONGEST}"]],
     ),
 }
 

@@ -1,0 +1,122 @@
+"""In which order a `CudaRecorder` speaks to CUDA. What it says is checked against the signatures of torch."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff.catalog import TopK
+from fastdiff.pipeline import Ranked
+from fastdiff.recorder import CudaRecorder
+
+GPU = torch.device("cuda:0")
+REAL = {name: getattr(torch.cuda, name) for name in ("graph", "Event", "Stream", "CUDAGraph", "memory_snapshot")}
+
+
+class Device:
+    """Stands for torch.cuda, and writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.current, self.n_streams, self.captured = "caller", 0, 0
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return 0, 7
+
+    def memory_snapshot(self, *args: Any, **kwargs: Any) -> list[dict[str, int]]:
+        asked = inspect.signature(REAL["memory_snapshot"]).bind(*args, **kwargs)
+        assert asked.arguments["mempool_id"] == (0, 7)
+        return [{"total_size": 1 << 20}, {"total_size": 3}]
+
+    def current_stream(self, device: torch.device) -> Any:
+        assert device == GPU
+        return Stream(self, self.current)
+
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802 (as torch calls it)
+        assert device == GPU
+        return Stream(self, "capturing")
+
+    def Event(self) -> Any:  # noqa: N802
+        event = mock.create_autospec(REAL["Event"], instance=True)
+        event.record.side_effect = lambda stream: self.told.append(f"record on {stream.name}")
+        event.synchronize.side_effect = lambda: self.told.append("wait on the host")
+        return event
+
+    def CUDAGraph(self) -> Any:  # noqa: N802
+        graph = mock.create_autospec(REAL["CUDAGraph"], instance=True)
+        graph.replay.side_effect = lambda: self.told.append(f"replay on {self.current}")
+        return graph
+
+    def stream(self, stream: Any) -> Any:
+        return On(self, stream.name, "")
+
+    def graph(self, *args: Any, **kwargs: Any) -> Any:
+        asked = inspect.signature(REAL["graph"]).bind(*args, **kwargs).arguments
+        assert asked["pool"] == (0, 7)
+        assert asked["capture_error_mode"] == "thread_local"
+        return On(self, asked["stream"].name, "capture")
+
+
+class Stream:
+    def __init__(self, device: Device, name: str) -> None:
+        self.device, self.name = device, name
+
+    def wait_event(self, event: Any) -> None:
+        self.device.told.append(f"{self.name} waits for the last turn")
+
+    def wait_stream(self, other: Stream) -> None:
+        self.device.told.append(f"{self.name} waits for {other.name}")
+
+
+class On:
+    def __init__(self, device: Device, name: str, what: str) -> None:
+        self.device, self.name, self.what = device, name, what
+
+    def __enter__(self) -> None:
+        self.before, self.device.current = self.device.current, self.name
+        if self.what:
+            self.device.told.append(f"{self.what} on {self.name}")
+
+    def __exit__(self, *error: object) -> None:
+        if self.what:
+            self.device.told.append(f"end of {self.what}")
+        self.device.current = self.before
+
+
+def test_what_is_told_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr("fastdiff.recorder.torch.cuda", device)
+    buffer, marked = torch.zeros(3), mock.create_autospec(Tensor, instance=True)
+    marked.record_stream.side_effect = lambda stream: device.told.append(f"buffer in use on {stream.name}")
+
+    def run() -> Ranked:
+        device.told.append(f"run on {device.current}")
+        return Ranked(buffer, TopK(buffer, buffer))
+
+    recorder = CudaRecorder(GPU)
+    with recorder.turn(marked):
+        recording = recorder.record(run)
+        recording.replay()
+    turn = ["caller waits for the last turn", "buffer in use on caller"]
+    assert device.told == [
+        *turn,
+        "capturing waits for caller",
+        "run on capturing",
+        "capture on capturing",
+        "run on capturing",
+        "end of capture",
+        "replay on caller",
+        "record on caller",
+    ]
+    device.told.clear()
+    with pytest.raises(KeyError), recorder.turn(marked):
+        raise KeyError
+    assert device.told == [*turn, "record on caller"]
+    assert recorder.n_bytes == (1 << 20) + 3
+    recorder.finish()
+    assert device.told[-1] == "wait on the host"
