@@ -12,8 +12,8 @@ Memory. All graphs of an engine share one input buffer and one pool, so only one
 each replay waits, on the device, for the one before. They are dropped together: where the catalogue changes, so that no
 table outlives its snapshot for them; and where they have reached their number or their bytes, though not more often
 than once in `PATIENCE` calls. One by one would not do: they share the workspace of cuBLAS for the stream on which they
-were captured, which PyTorch frees, since 2.12 or so, when the first of these graphs dies
-(https://github.com/pytorch/pytorch/issues/193402).
+were captured, which recent releases of PyTorch free when the first of these graphs dies
+(https://github.com/pytorch/pytorch/issues/193402); and their pool gives memory back only when the last has died.
 
 A captured graph reads what it was captured with: the pipeline is kept with it, and what models and launchers work out
 for a plan lives as long as the plan. Switches of torch (TF32) keep the position that they had.
@@ -195,7 +195,7 @@ class Graphs:
         if self._recorder is not None:
             self._recorder.finish()
         self._kept.clear()
-        self._recorder, self._buffer, self._n_bytes = None, None, 0
+        self._n_bytes = 0
 
 
 def _own(ranked: Ranked, n_users: int) -> Ranked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -10,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastdiff.errors import BackendUnavailable
 from fastdiff.pipeline import Ranked
 
 
@@ -35,7 +37,7 @@ class Recorder(Protocol):
         """Of the device's memory that recordings hold."""
 
     def finish(self) -> None:
-        """Wait until no recording runs."""
+        """Wait until no recording runs. Those made so far may be let go then, and share nothing with later ones."""
 
 
 class CudaRecording:
@@ -47,29 +49,53 @@ class CudaRecording:
 
 
 _one_capture = threading.Lock()
-"""A capture begins with a wait for the whole device, which CUDA refuses while another one is under way."""
+"""It begins with a wait for the whole device, which CUDA refuses while another one is under way."""
+
+
+_STREAMS = 32
+"""That PyTorch hands out in turn, of each priority."""
+
+_owners: weakref.WeakValueDictionary[tuple[torch.device, int], CudaRecorder] = weakref.WeakValueDictionary()
+"""The recorder that captures on each stream."""
 
 
 class CudaRecorder:
-    """CUDA graphs with a pool of memory and a stream for capturing of their own."""
+    """CUDA graphs with a pool of memory and a stream for capturing of their own.
+
+    What is captured on a stream shares the workspace of cuBLAS for it, with work that is given to the stream, and with
+    graphs at whose death PyTorch frees it. So a recorder keeps its stream for life, no two have the same, and it is of
+    high priority, which hardly anybody asks for.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = self._own_stream()
         self._last = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
+    def _own_stream(self) -> torch.cuda.Stream:
+        with _one_capture:
+            for _ in range(_STREAMS):
+                stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+                if _owners.setdefault((self._device, stream.cuda_stream), self) is self:
+                    return stream
+        raise BackendUnavailable(
+            f"cuda_graphs: at most {_STREAMS} engines of a process can have graphs on one device; let go of some, or "
+            "use cuda_graphs=False"
+        )
+
     def record(self, run: Callable[[], Ranked]) -> CudaRecording:
-        # run once on the capturing stream: kernels are compiled and tables made, and cuBLAS takes its workspace outside
-        # of the pool
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            run()
         graph = torch.cuda.CUDAGraph()
-        # it waits for the device before it begins; other threads may go on allocating and launching meanwhile
+        # other threads may go on allocating and launching meanwhile
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with _one_capture, capture:
-            ranked = run()
+        with _one_capture:
+            torch.cuda.synchronize(self._device)
+            # once before, on the same stream: kernels are compiled and tables made, and cuBLAS takes its workspace
+            # outside of the pool
+            with torch.cuda.stream(self._stream):
+                run()
+            with capture:
+                ranked = run()
         return CudaRecording(graph, ranked)
 
     @contextmanager
@@ -89,3 +115,4 @@ class CudaRecorder:
 
     def finish(self) -> None:
         self._last.synchronize()
+        self._pool = torch.cuda.graph_pool_handle()

@@ -23,13 +23,12 @@ class _OneAtATime:
 
     def __init__(self, device: torch.device) -> None:
         self.recordings: list[Any] = []
-        self.finished = False
+        self.n_drops = 0
         self._busy = threading.Lock()
         self._buffer: Tensor | None = None
 
     @contextmanager
     def turn(self, buffer: Tensor) -> Iterator[None]:
-        assert not self.finished
         assert self._buffer is None or self._buffer is buffer
         self._buffer = buffer
         assert self._busy.acquire(blocking=False), "two recordings side by side"
@@ -39,7 +38,8 @@ class _OneAtATime:
             self._busy.release()
 
     def finish(self) -> None:
-        self.finished = True
+        self.recordings.clear()
+        self.n_drops += 1
 
     @property
     def n_bytes(self) -> int:

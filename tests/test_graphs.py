@@ -317,9 +317,8 @@ def test_many_threads(method: str) -> None:
 
 def test_graphs_are_dropped_together_and_not_too_often() -> None:
     engine = with_graphs(small_engine("tarec"), most_graphs=2, patience=10)
-    recorders = []
-    make = engine.graphs._make_recorder
-    engine.graphs._make_recorder = lambda device: recorders.append(make(device)) or recorders[-1]
+    recorder = Reruns(engine.device)
+    engine.graphs._make_recorder = lambda device: recorder
 
     def ask(n_users: int) -> None:
         engine.generate([[1]] * n_users, seed=1)
@@ -328,13 +327,12 @@ def test_graphs_are_dropped_together_and_not_too_often() -> None:
         ask(n_users)
     # the first time that they are full, they are dropped at once; 2 finds 3 and 1 there
     assert engine.graphs.calls == {FIRST: 3, "captured": 4, "no room for another graph": 1}
-    assert len(recorders) == 2
-    assert recorders[0].finished
+    assert recorder.n_drops == 1
     for _ in range(7):
         ask(1)
     assert engine.graphs.calls == {FIRST: 3, "captured": 4, "no room for another graph": 1, "replayed": 7}
     ask(2)
-    assert len(recorders) == 3
+    assert recorder.n_drops == 2
     assert len(engine.graphs) == 1
     assert engine.graphs.calls["captured"] == 5
 

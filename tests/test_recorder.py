@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.catalog import TopK
+from fastdiff.errors import BackendUnavailable
 from fastdiff.pipeline import Ranked
 from fastdiff.recorder import CudaRecorder
 
@@ -23,23 +24,30 @@ class Device:
 
     def __init__(self) -> None:
         self.told: list[str] = []
-        self.current, self.n_streams, self.captured = "caller", 0, 0
+        self.current, self.n_streams, self.pool = "caller", 0, (0, 6)
 
     def graph_pool_handle(self) -> tuple[int, int]:
-        return 0, 7
+        self.pool = 0, self.pool[1] + 1
+        return self.pool
+
+    def synchronize(self, device: torch.device) -> None:
+        assert device == GPU
+        self.told.append("wait for the device")
 
     def memory_snapshot(self, *args: Any, **kwargs: Any) -> list[dict[str, int]]:
         asked = inspect.signature(REAL["memory_snapshot"]).bind(*args, **kwargs)
-        assert asked.arguments["mempool_id"] == (0, 7)
+        assert asked.arguments["mempool_id"] == self.pool
         return [{"total_size": 1 << 20}, {"total_size": 3}]
 
     def current_stream(self, device: torch.device) -> Any:
         assert device == GPU
         return Stream(self, self.current)
 
-    def Stream(self, device: torch.device) -> Any:  # noqa: N802 (as torch calls it)
-        assert device == GPU
-        return Stream(self, "capturing")
+    def Stream(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802 (as torch calls it)
+        asked = inspect.signature(REAL["Stream"].__new__).bind(None, *args, **kwargs).arguments
+        assert (asked["device"], asked["priority"]) == (GPU, -1)
+        self.n_streams += 1
+        return Stream(self, "capturing", self.n_streams % 32)
 
     def Event(self) -> Any:  # noqa: N802
         event = mock.create_autospec(REAL["Event"], instance=True)
@@ -57,20 +65,17 @@ class Device:
 
     def graph(self, *args: Any, **kwargs: Any) -> Any:
         asked = inspect.signature(REAL["graph"]).bind(*args, **kwargs).arguments
-        assert asked["pool"] == (0, 7)
+        assert asked["pool"] == self.pool
         assert asked["capture_error_mode"] == "thread_local"
         return On(self, asked["stream"].name, "capture")
 
 
 class Stream:
-    def __init__(self, device: Device, name: str) -> None:
-        self.device, self.name = device, name
+    def __init__(self, device: Device, name: str, cuda_stream: int = 0) -> None:
+        self.device, self.name, self.cuda_stream = device, name, cuda_stream
 
     def wait_event(self, event: Any) -> None:
         self.device.told.append(f"{self.name} waits for the last turn")
-
-    def wait_stream(self, other: Stream) -> None:
-        self.device.told.append(f"{self.name} waits for {other.name}")
 
 
 class On:
@@ -105,7 +110,7 @@ def test_what_is_told_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = ["caller waits for the last turn", "buffer in use on caller"]
     assert device.told == [
         *turn,
-        "capturing waits for caller",
+        "wait for the device",
         "run on capturing",
         "capture on capturing",
         "run on capturing",
@@ -120,3 +125,18 @@ def test_what_is_told_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorder.n_bytes == (1 << 20) + 3
     recorder.finish()
     assert device.told[-1] == "wait on the host"
+    assert device.pool == (0, 8)
+    with recorder.turn(marked):
+        recorder.record(run)
+
+
+def test_no_two_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdiff.recorder.torch.cuda", Device())
+    recorders = [CudaRecorder(GPU) for _ in range(31)]
+    torch.cuda.Stream(GPU, priority=-1)  # somebody else's
+    recorders.append(CudaRecorder(GPU))
+    assert len({recorder._stream.cuda_stream for recorder in recorders}) == 32
+    with pytest.raises(BackendUnavailable, match="at most 32 engines"):
+        CudaRecorder(GPU)
+    freed = recorders.pop(5)._stream.cuda_stream
+    assert CudaRecorder(GPU)._stream.cuda_stream == freed
