@@ -41,11 +41,13 @@ PROVIDERS = {
     "fastdiff": "fastdiff, once per backend that can run here; backend torch is the best eager PyTorch we could write",
     "fastdiff-compiled": "fastdiff[torch] under torch.compile, counted among the others (only with --compile)",
     "fastdiff-bf16-scan": "fastdiff, scanning a bfloat16 copy of the table; the answer is the same, bit for bit",
+    "fastdiff-fp16-scan": "fastdiff, scanning a float16 copy of the table; the answer is the same, bit for bit",
     "fastdiff-int8-scan": "fastdiff, scanning an int8 copy of the table; the answer is the same, bit for bit",
     "fastdiff-bf16-uncertified": "fastdiff, a bfloat16 scan that proves nothing: what its rounding swaps is missed",
     "fastdiff-int8-uncertified": "the same of an int8 scan",
     "fastdiff-no-lists": "fastdiff, the same call without lists; shown beside the others, not compared with them",
     "fastdiff-bf16-scan-no-lists": "the same of a bfloat16 scan",
+    "fastdiff-fp16-scan-no-lists": "the same of a float16 scan",
     "fastdiff-int8-scan-no-lists": "the same of an int8 scan",
     "fastdiff-closed-form": "fastdiff with scheduler='closed_form': the chain as one draw, equal in law",
 }

@@ -23,6 +23,7 @@ ROUNDED_TOLERANCE = 2.0**-6
 SCANS = {
     "fastdiff": torch.float32,
     "fastdiff-bf16-scan": torch.bfloat16,
+    "fastdiff-fp16-scan": torch.float16,
     "fastdiff-int8-scan": torch.int8,
 }
 OURS = tuple(SCANS)

@@ -72,7 +72,7 @@ class ItemCatalog:
                 copied: do not write into it afterwards
     item_ids    one external id per item, all integers or all strings, each once; None: the row numbers
     metric      "dot", or "cosine": the dot product of vectors divided by their norms, in float32
-    scan_dtype  what a ranking scans: torch.float32, torch.bfloat16 or torch.int8; never changes the answer.
+    scan_dtype  what a ranking scans: torch.float32, bfloat16, float16 or int8; never changes the answer.
                 None: the table itself in float32, but the C++ engine makes an int8 copy when it first ranks (a quarter
                 of the table's memory more), which is the fastest for one user and for many
 

@@ -104,6 +104,23 @@ inline void widen_bfloat16(const char* row, int64_t dim, float* out) {
   }
 }
 
+// float16 numbers, finite, times the scale; float32 has room for each of them, subnormal ones included
+inline void widen_float16(const char* row, float scale, int64_t dim, float* out) {
+  for (int64_t i = 0; i < dim; i++) {
+    uint16_t half;
+    std::memcpy(&half, row + 2 * i, 2);
+    const uint32_t word = static_cast<uint32_t>(half & 0x7fffu) << 13, sign = static_cast<uint32_t>(half >> 15) << 31;
+    float x;
+    std::memcpy(&x, &word, 4);
+    x *= 0x1p112f;  // what the exponents' biases differ by
+    x *= scale;
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits |= sign;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
 inline void widen_int8(const char* row, float scale, int64_t dim, float* out) {
   const uint8_t* number = reinterpret_cast<const uint8_t*>(row);
   for (int64_t i = 0; i < dim; i++) out[i] = scale * static_cast<float>(static_cast<int>(number[i]) - 128);
@@ -115,6 +132,24 @@ inline void narrow_bfloat16(const float* row, int64_t dim, uint16_t* out) {
     uint32_t word;
     std::memcpy(&word, row + i, 4);
     out[i] = static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+  }
+}
+
+// float32 to float16, to nearest, ties to even; numbers below 2^16
+inline void narrow_float16(const float* row, int64_t dim, uint16_t* out) {
+  for (int64_t i = 0; i < dim; i++) {
+    uint32_t word;
+    std::memcpy(&word, row + i, 4);
+    const uint32_t sign = word >> 31 << 15;
+    word &= 0x7fffffffu;
+    const uint32_t normal = ((word + 0xfffu + ((word >> 13) & 1u)) >> 13) - (112u << 10);
+    float x;
+    std::memcpy(&x, &word, 4);
+    x += 0.5f;  // whose last bit is that of a subnormal float16
+    uint32_t low;
+    std::memcpy(&low, &x, 4);
+    low -= 0x3f000000u;
+    out[i] = static_cast<uint16_t>(sign | (word < 0x38800000u ? low : normal));  // 2^-14
   }
 }
 

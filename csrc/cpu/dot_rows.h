@@ -1,7 +1,7 @@
 // Products of rows as they lie in memory with one query: for a few queries, whose rows are read once and not worth
 // being brought into another form.
 //
-//     float32 queries with float32, bfloat16 and int8 rows, and int8 queries with int8 rows (vpdpbusd)
+//     float32 queries with float32, bfloat16, float16 and int8 rows, and int8 queries with int8 rows (vpdpbusd)
 #pragma once
 
 #include "dot_panel.h"
@@ -51,11 +51,17 @@ FASTDIFF_INLINE __m512 row_floats(const uint16_t* row, int64_t at, __mmask16 her
   const __m256i halves = _mm256_maskz_loadu_epi16(here, row + at);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
+struct Float16 {
+  uint16_t bits;
+};
+FASTDIFF_INLINE __m512 row_floats(const Float16* row, int64_t at, __mmask16 here) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, row + at));
+}
 FASTDIFF_INLINE __m512 row_floats(const uint8_t* row, int64_t at, __mmask16 here) {  // 128 + the number
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, row + at)));
 }
 
-// 16 rows; of int8 rows the numbers are 128 too high each.
+// 16 rows, without the scale of float16 and int8; of int8 rows the numbers are 128 too high each.
 template <class Number>
 FASTDIFF_INLINE __m512 dot_rows(const char* const* rows, const float* query, int64_t dim) {
   __m512 sums[16];

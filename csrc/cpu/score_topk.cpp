@@ -11,6 +11,12 @@ constexpr const char* kOp = "score_topk";
 constexpr int kOneChunk = 62;  // a shift by which every row is of the first chunk
 constexpr int64_t kChunk = 16;
 
+// Of the packed rows; float32 ones are not packed.
+ScalarType dtype_of(Stored stored) {
+  if (stored == Stored::bfloat16) return ScalarType::BFloat16;
+  return stored == Stored::float16 ? ScalarType::Half : ScalarType::Byte;
+}
+
 // Rows that lie one behind the other need not do so without gaps.
 Tensor rows_of(const char* op, const char* name, const Tensor& table, int64_t dim) {
   if (table.is_cpu() && table.scalar_type() == ScalarType::Float && table.dim() == 2 && table.size(1) == dim &&
@@ -49,7 +55,7 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_em
   const Tensor items = rows_of(kOp, "item_emb", item_emb, dim);
   const int64_t n_rows = items.size(0);
   FASTDIFF_CHECK(dim >= 1 && k >= 1 && n_rows < (int64_t{1} << 31), kOp, ": wants D >= 1, k >= 1 and N < 2^31");
-  FASTDIFF_CHECK(stored >= 0 && stored <= 2, kOp, ": stored must be 0, 1 or 2 (got ", stored, ")");
+  FASTDIFF_CHECK(stored >= 0 && stored <= 3, kOp, ": stored must be 0, 1, 2 or 3 (got ", stored, ")");
   const Tensor all_bounds = floats(kOp, "bounds", bounds, {(n_rows + kBlock - 1) / kBlock, 4});
 
   const char* item_rows[1] = {static_cast<const char*>(items.const_data_ptr())};
@@ -67,7 +73,7 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_em
   call.scan = call.items;
   std::vector<const char*> scan_rows;
   if (stored != 0) {
-    const ScalarType dtype = stored == 1 ? ScalarType::BFloat16 : ScalarType::Byte;
+    const ScalarType dtype = dtype_of(static_cast<Stored>(stored));
     const int64_t size = int64_t{1} << kChunk, n_chunks = (n_rows + size - 1) / size;
     FASTDIFF_CHECK(static_cast<int64_t>(chunks.size()) >= n_chunks, kOp, ": chunks must hold all rows");
     for (int64_t i = 0; i < n_chunks; i++) {
@@ -79,7 +85,7 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_em
     call.scan.stored = static_cast<Stored>(stored);
     call.scan.chunks = scan_rows.data();
     call.scan.chunk_shift = kChunk;
-    call.scan.row_bytes = dim * (stored == 1 ? 2 : 1);
+    call.scan.row_bytes = dim * bytes_of(call.scan.stored);
   }
   call.certified = certified;
   MaybeTensor mask, held[4];
@@ -100,11 +106,10 @@ std::tuple<Tensor, Tensor> score_topk(const Tensor& query, const Tensor& item_em
 
 std::tuple<Tensor, Tensor> topk_pack(const Tensor& item_emb, int64_t stored) {
   FASTDIFF_CHECK(item_emb.dim() == 2, "topk_pack: item_emb must be [N, D] (got ", shape_of(item_emb), ")");
-  FASTDIFF_CHECK(stored >= 0 && stored <= 2, "topk_pack: stored must be 0, 1 or 2 (got ", stored, ")");
+  FASTDIFF_CHECK(stored >= 0 && stored <= 3, "topk_pack: stored must be 0, 1, 2 or 3 (got ", stored, ")");
   const int64_t n_rows = item_emb.size(0), dim = item_emb.size(1);
   const Tensor items = rows_of("topk_pack", "item_emb", item_emb, dim);
-  Tensor rows =
-      empty_like_with(items, {stored == 0 ? 0 : n_rows, dim}, stored == 1 ? ScalarType::BFloat16 : ScalarType::Byte);
+  Tensor rows = empty_like_with(items, {stored == 0 ? 0 : n_rows, dim}, dtype_of(static_cast<Stored>(stored)));
   Tensor bounds = empty_like_with(items, {(n_rows + kBlock - 1) / kBlock, 4}, ScalarType::Float);
   pack(static_cast<const char*>(items.const_data_ptr()), bytes_between_rows(items), dim, n_rows,
        static_cast<Stored>(stored), stored == 0 ? nullptr : static_cast<char*>(rows.mutable_data_ptr()),

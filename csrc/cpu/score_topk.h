@@ -23,14 +23,23 @@ namespace topk {
 constexpr int64_t kBlock = 64;  // rows that share one bound and one scale
 constexpr int64_t kTile = 16;   // queries are padded to whole tiles
 
-// How the rows of a table are stored. int8: 128 + the rounded quotient of the number and the block's scale, unsigned.
-enum class Stored : int { float32 = 0, bfloat16 = 1, int8 = 2 };
+// How the rows of a table are stored. float16 and int8 are quotients of the number and the block's scale; int8 is
+// 128 + the rounded quotient, unsigned.
+enum class Stored : int { float32 = 0, bfloat16 = 1, int8 = 2, float16 = 3 };
+
+FASTDIFF_TOPK_INLINE constexpr int64_t bytes_of(Stored stored) {
+  return stored == Stored::float32 ? 4 : stored == Stored::int8 ? 1 : 2;
+}
+
+FASTDIFF_TOPK_INLINE constexpr bool is_scaled(Stored stored) {
+  return stored == Stored::int8 || stored == Stored::float16;
+}
 
 // How rows and queries are multiplied; `tiles` are AMX's, the others vectors.
 enum class Product : int { float32 = 0, bfloat16, int8, bfloat16_tiles, int8_tiles };
 
 // Of the rows of a block: the largest |row| and |row as scanned|, the largest |row - row as scanned| (of float32 rows:
-// as rounded to bfloat16), and the scale of int8 rows.
+// as rounded to bfloat16), and the scale of int8 and float16 rows.
 struct Bound {
   float norm, residual, scale, unused;
 };
@@ -110,7 +119,7 @@ struct PackArgs {
   const char* items;  // float32 rows [n_rows, dim]; a whole number of blocks but for the last slice
   int64_t row_bytes, dim, n_rows;
   Stored stored;
-  char* rows;     // bfloat16 or int8 [n_rows, dim]; null for float32
+  char* rows;     // bfloat16, float16 or int8 [n_rows, dim]; null for float32
   Bound* bounds;  // [ceil(n_rows / 64)]
 };
 

@@ -143,7 +143,7 @@ void topk_pack(const topk::PackArgs& args) {
     Bound& bound = args.bounds[first / kBlock];
     bound = Bound{0.0f, 0.0f, 1.0f, 0.0f};
     float inverse = 1.0f;
-    if (args.stored == Stored::int8) {
+    if (is_scaled(args.stored)) {
       float largest = 0.0f;
       for (int64_t i = 0; i < here; i++) {
         const float* row = reinterpret_cast<const float*>(args.items + (first + i) * args.row_bytes);
@@ -152,7 +152,13 @@ void topk_pack(const topk::PackArgs& args) {
           largest = size > largest ? size : largest;
         }
       }
-      bound.scale = largest / 127.0f > 0x1p-60f ? largest / 127.0f : 0x1p-60f;
+      uint32_t word;
+      std::memcpy(&word, &largest, 4);
+      word &= 0x7f800000u;
+      float power;  // of two, the largest not above
+      std::memcpy(&power, &word, 4);
+      const float scale = args.stored == Stored::float16 ? power * 0x1p-14f : largest / 127.0f;
+      bound.scale = scale > 0x1p-60f ? scale : 0x1p-60f;
       inverse = 1.0f / bound.scale;
     }
     double norm = 0.0, residual = 0.0;
@@ -172,6 +178,12 @@ void topk_pack(const topk::PackArgs& args) {
             out[j] = static_cast<uint8_t>(static_cast<int32_t>(x) + 128);
             scanned[j] = x * bound.scale;
           }
+        } else if (args.stored == Stored::float16) {
+          uint16_t half[kPiece];
+          for (int64_t j = 0; j < piece; j++) scanned[j] = row[k + j] * inverse;
+          narrow_float16(scanned, piece, half);
+          widen_float16(reinterpret_cast<const char*>(half), bound.scale, piece, scanned);
+          std::memcpy(args.rows + 2 * ((first + i) * dim + k), half, static_cast<size_t>(2 * piece));
         } else {
           uint16_t half[kPiece];
           narrow_bfloat16(row + k, piece, half);

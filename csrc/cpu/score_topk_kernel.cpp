@@ -149,6 +149,9 @@ class Scan {
       case Stored::bfloat16:
         widen_bfloat16(block_->rows[i], dim_, space);
         return space;
+      case Stored::float16:
+        widen_float16(block_->rows[i], block_->bound.scale, dim_, space);
+        return space;
       default:
         widen_int8(block_->rows[i], block_->bound.scale, dim_, space);
         return space;
@@ -368,7 +371,8 @@ class Scan {
     for (int64_t group = 0; group < kBlock; group += 16) {
       for (int64_t i = 0; i < 16; i++) prefetch(group + i);
       for (int64_t q = 0; q < queries_.n; q++) {
-        const __m512 scores = dot_rows<Number>(block_->rows + group, queries_.floats + q * dim_, dim_);
+        __m512 scores = dot_rows<Number>(block_->rows + group, queries_.floats + q * dim_, dim_);
+        if (is_scaled(table_.stored)) scores = _mm512_mul_ps(scores, _mm512_set1_ps(block_->bound.scale));
         const __m512 threshold = _mm512_set1_ps(thresholds()[q]);
         const uint32_t hits = bits(Mask{_mm512_cmp_ps_mask(scores, threshold, _CMP_GE_OQ)});
         if (__builtin_expect(hits == 0, 1)) continue;
@@ -409,6 +413,7 @@ class Scan {
 #if defined(__AVX512F__)
     if (queries_.n <= kFew && table_.stored == Stored::float32) return few<float>();
     if (queries_.n <= kFew && table_.stored == Stored::bfloat16) return few<uint16_t>();
+    if (queries_.n <= kFew && table_.stored == Stored::float16) return few<Float16>();
 #endif
     const float* panels = wide_panels();
     for (int64_t item = 0; item < kBlock; item += kItems) {

@@ -45,6 +45,7 @@ float up(double value) { return static_cast<float>(value * (1.0 + 0x1p-20) + 0x1
 Product product_for(const Table& table, Few few) {
   const Level now = level();
   const Stored stored = table.stored;
+  if (stored == Stored::float16) return Product::float32;
   if (few == Few::queries_of_small_table) {
     if (stored == Stored::float32) return Product::float32;
     if (now >= Level::amx && table.row_bytes % 64 == 0) {

@@ -29,8 +29,10 @@ FASTDIFF_INLINE __m512 scores_of(const RowsArgs& args, const char* const* rows, 
     return _mm512_mul_ps(whole, _mm512_set1_ps(args.queries.scale[args.query] * bound.scale));
   }
 #endif
-  (void)bound;
   if (args.table.stored == Stored::float32) return dot_rows<float>(rows, query, dim);
+  if (args.table.stored == Stored::float16) {
+    return _mm512_mul_ps(dot_rows<Float16>(rows, query, dim), _mm512_set1_ps(bound.scale));
+  }
   return dot_rows<uint16_t>(rows, query, dim);
 }
 
@@ -45,6 +47,8 @@ float score_of(const RowsArgs& args, const char* row, const Bound& bound) {
     wide = reinterpret_cast<const float*>(row);
   } else if (args.table.stored == Stored::bfloat16) {
     widen_bfloat16(row, dim, args.scratch);
+  } else if (args.table.stored == Stored::float16) {
+    widen_float16(row, bound.scale, dim, args.scratch);
   } else {
     widen_int8(row, bound.scale, dim, args.scratch);
   }

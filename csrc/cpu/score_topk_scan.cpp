@@ -49,8 +49,7 @@ class Pieces {
 
 // A guess at the nanoseconds of a scan by one thread, to decide what is worth a second one.
 int64_t cost_of_scan(const Search& search, Stored stored, int64_t n_rows, int64_t n_queries) {
-  const int64_t bytes = stored == Stored::float32 ? 4 : stored == Stored::bfloat16 ? 2 : 1;
-  return n_rows * search.scan.dim * (bytes + n_queries / 8) / 24;
+  return n_rows * search.scan.dim * (bytes_of(stored) + n_queries / 8) / 24;
 }
 
 // How a query is left without an answer.

@@ -16,6 +16,7 @@ namespace topk {
 namespace {
 
 constexpr double kLargest = 0x1p126;      // scores below this cannot overflow float32 on the way
+constexpr double kLargestByFloat16 = 0x1p100;  // queries below this cannot with rows that are yet to be scaled
 constexpr int64_t kWidest = 1 << 16;      // wider vectors are scored by the definition: the bounds would be loose
 constexpr int64_t kFewRows = 256;         // tables up to this size are scored by the definition
 constexpr int64_t kSmallTable = 1 << 15;  // few queries have all their scores in memory where the table is this small,
@@ -58,8 +59,9 @@ void search(const Search& search, Report* report) {
     if (!(sum <= std::numeric_limits<double>::max())) {
       fail("score_topk: query must be finite (got NaN or infinity in query[", query, "]); check the model's weights");
     }
-    const double size = std::max(std::sqrt(sum), 1.0) * std::max(static_cast<double>(largest_norm), 1.0);
-    (size < kLargest ? in_range : out_of_range).push_back(query);
+    const double norm = std::sqrt(sum), size = std::max(norm, 1.0) * std::max(static_cast<double>(largest_norm), 1.0);
+    const bool scans = size < kLargest && (search.scan.stored != Stored::float16 || norm < kLargestByFloat16);
+    (scans ? in_range : out_of_range).push_back(query);
   }
 
   const Allowed allowed(search);
@@ -81,7 +83,8 @@ void search(const Search& search, Report* report) {
   const bool small = n_rows <= kSmallTable && n_rows * table.row_bytes <= kSmallBytes && !gather;
   const Few few_queries = n_scanned > kFewQueries ? Few::no : small ? Few::queries_of_small_table : Few::queries;
   const Product product = product_for(table, few_queries);
-  const bool residual = search.scan.stored != Stored::int8 || table.stored == Stored::int8;
+  // whether the bounds know what the rows lose in the product: those of scaled rows know nothing of float32 rows
+  const bool residual = !is_scaled(search.scan.stored) || table.stored == search.scan.stored;
   const Way first{table, product, residual, gather ? &few : nullptr};
   std::vector<int64_t> left;
   if (few_queries == Few::queries_of_small_table) {
@@ -103,7 +106,7 @@ void search(const Search& search, Report* report) {
 void pack(const char* items, int64_t row_bytes, int64_t dim, int64_t n_rows, Stored stored, char* rows, Bound* bounds,
           int threads) {
   const auto kernel = FASTDIFF_PICK(topk_pack);
-  const int64_t element = stored == Stored::int8 ? 1 : 2;
+  const int64_t element = bytes_of(stored);
   const int64_t per_task = round_up(std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, dim)), kBlock);
   parallel(threads, (n_rows + per_task - 1) / per_task, [&](int64_t task) {
     const int64_t first = task * per_task;

@@ -12,6 +12,7 @@ namespace {
 using namespace topk;
 
 constexpr int kShift = 10;  // rows of a chunk: 1024
+constexpr Stored kAllStored[] = {Stored::float32, Stored::bfloat16, Stored::int8, Stored::float16};
 
 struct Vectors {
   std::string name;
@@ -26,7 +27,7 @@ struct Packed {
   std::vector<Bound> bounds;
 
   Packed(const Vectors& items, Stored stored, int threads) : stored(stored), bounds((items.n + kBlock - 1) / kBlock) {
-    const int64_t element = stored == Stored::float32 ? 4 : stored == Stored::bfloat16 ? 2 : 1, size = 1 << kShift;
+    const int64_t element = bytes_of(stored), size = 1 << kShift;
     const char* rows = reinterpret_cast<const char*>(items.rows.data());
     for (int64_t first = 0; first < items.n; first += size) {
       const int64_t here = std::min(size, items.n - first);
@@ -42,7 +43,7 @@ struct Packed {
     for (const auto& chunk : chunks) pointers.push_back(chunk.data());
   }
   Table table(const Vectors& items) const {
-    const int64_t element = stored == Stored::float32 ? 4 : stored == Stored::bfloat16 ? 2 : 1;
+    const int64_t element = bytes_of(stored);
     return {stored, pointers.data(), kShift, items.dim * element, items.n, items.dim, bounds.data()};
   }
 };
@@ -164,7 +165,7 @@ void every_table() {
         if (items.name == "ascending") queries[0] = 100.0f;
         for (const int64_t k : {1, 40}) {
           const std::vector<Best> truth = definition(items, queries, k, {});
-          for (const Stored stored : {Stored::float32, Stored::bfloat16, Stored::int8}) {
+          for (const Stored stored : kAllStored) {
             const Report report =
                 compare(items, Packed(items, stored, 2), queries, k, {}, n_queries == 1 ? 1 : 3, truth);
             scanned += report.scanned;
@@ -187,7 +188,7 @@ void every_restriction() {
       for (const bool candidates : {false, true}) {
         const Restricted given = restrictions(items.n, 5, share, lists, candidates);
         const std::vector<Best> truth = definition(items, queries, 25, given);
-        for (const Stored stored : {Stored::float32, Stored::bfloat16, Stored::int8}) {
+        for (const Stored stored : kAllStored) {
           compare(items, Packed(items, stored, 1), queries, 25, given, 2, truth);
         }
       }
@@ -230,7 +231,7 @@ void every_kind_of_denied() {
     for (int64_t row = 0; row < n; row++) denied.push_back(row);  // all
     end_of_list();
     const std::vector<Best> truth = definition(items, queries, k, given);
-    for (const Stored stored : {Stored::float32, Stored::bfloat16, Stored::int8}) {
+    for (const Stored stored : kAllStored) {
       const Packed packed(items, stored, 2);
       for (const int threads : {1, 2, 3}) compare(items, packed, queries, k, given, threads, truth);
     }

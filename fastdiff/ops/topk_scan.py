@@ -1,7 +1,7 @@
 """The scan of score_topk: which rows can be among the k best, by a bound and in lower precision.
 
-The rows of a `ScanTable` are scanned as they are stored: e', in float32, in bfloat16, or as whole numbers of -127..127
-times a scale that 64 rows share. For a query q scanned as q', with the unit roundoff u of the scan's sums,
+The rows of a `ScanTable` are scanned as they are stored: e', in float32, in bfloat16, in float16, or as whole numbers
+of -127..127; the last two times a scale that 64 rows share. For a query q scanned as q', with the unit roundoff u of the scan's sums,
 
     |scanned - score| <= |q| |e - e'|  +  |q - q'| |e'|  +  gamma |q'| |e'|  +  tiny
 
@@ -14,6 +14,11 @@ times a scale that 64 rows share. For a query q scanned as q', with the unit rou
 
 |e - e'| and the larger of |e| and |e'| are stored for each block of 64 rows, the largest of the block, rounded up; so a
 row is dropped only where no row of its block's size could be among the k best.
+
+A float16 number has 11 bits, eight times finer than bfloat16, but ends at 65,504 and loses bits below 2^-14. So the
+scale of a block is the power of two that brings its largest number to 2^14 .. 2^15: nothing overflows, scaling back is
+exact, and what lies below 2^-14 is less than 2^-28 of the largest; should matrix units take it for zero (they do not),
+that would be sqrt(D) 2^-28 of the block's largest norm, within the 2^-22 times 16 to spare in gamma.
 """
 
 from __future__ import annotations
@@ -33,9 +38,9 @@ from fastdiff.ops.cpu import library
 from fastdiff.ops.topk_definition import budget, exact_scores, slices
 from fastdiff.ops.user_lists import ChunkedLists, UserLists
 
-SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-"""The numbers by which the C++ engine knows the dtypes of a scan."""
+SCAN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3}
+"""The numbers by which the C++ engine and the Triton kernels know the dtypes of a scan."""
 
 BLOCK = 64
 """Rows that share one bound and one scale."""
@@ -59,14 +64,15 @@ class ScanTable:
     """The item table as the scan reads it, with the bounds by which it proves its answer. Never written to again, so
     that a table and the tables made from it by `append` and `replace` share what is equal. Use `build`.
 
-    dtype      float32, bfloat16 or int8
+    dtype      float32, bfloat16, float16 or int8
     chunks     float32: the item table itself, not a copy; else tensors of `CHUNK` rows (the last may be shorter), in
-               bfloat16, or in uint8: 128 + the whole number
+               bfloat16, in float16 of the quotient by the scale, or in uint8: 128 + the whole number
     bounds     [ceil(N / 64), 4] float32: of each block the largest |e| or |e'|, the largest |e - e'| (of float32 rows:
                as rounded to bfloat16), the scale, nothing
     n_rows, dim
     certified  False: the scan keeps the k best by its own scores, which the definition then scores and orders: a row
-               may be missed where the scan's error (2^-9 of bfloat16, about 2^-7 of int8) swaps it with the k-th
+               may be missed where the scan's error (2^-9 of bfloat16, 2^-12 of float16, about 2^-7 of int8) swaps it with
+               the k-th
     automatic  made without a dtype: backends may scan a copy of their own choice (see `to_scan`)
     """
 
@@ -214,7 +220,8 @@ class ScanTable:
         if self.dtype == torch.bfloat16:
             return rows
         scale = self.bounds[:, 2].index_select(0, torch.arange(lo, hi, device=rows.device) // BLOCK)
-        return (rows.float() - 128.0) * scale[:, None]
+        wide = rows.float()
+        return (wide if self.dtype == torch.float16 else wide - 128.0) * scale[:, None]
 
     def scanned_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == torch.bfloat16 and self.device.type == "cpu" else torch.float32
@@ -285,6 +292,10 @@ def _pack_in_torch(item_emb: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
         scale = (blocks.abs().amax((1, 2)) / 127.0).clamp_(min=_SMALLEST_SCALE)
         whole = (blocks / scale[:, None, None]).round_().clamp_(-127.0, 127.0)
         rows, scanned = (whole + 128.0).to(torch.uint8), whole * scale[:, None, None]
+    elif dtype == torch.float16:
+        scale = (_power_of_two(blocks.abs().amax((1, 2))) * 2.0**-14).clamp_(min=_SMALLEST_SCALE)
+        rows = (blocks / scale[:, None, None]).to(torch.float16)
+        scanned = rows.float() * scale[:, None, None]
     else:
         rows = blocks.to(torch.bfloat16)
         scanned = rows.float()
@@ -293,6 +304,11 @@ def _pack_in_torch(item_emb: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     residual = (exact - approximate).norm(dim=2).amax(1)
     bounds = torch.stack([_up(norm), _up(residual), scale, torch.zeros_like(scale)], dim=1)
     return rows.view(-1, dim)[:n], bounds
+
+
+def _power_of_two(values: Tensor) -> Tensor:
+    """The largest power of two that is at most each float32 number; 0 for 0 and subnormals."""
+    return (values.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def _stored_dtype(dtype: torch.dtype) -> torch.dtype:

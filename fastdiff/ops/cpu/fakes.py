@@ -43,7 +43,8 @@ def _score_topk(query: Tensor, item_emb: Tensor, k: int, *_: object) -> tuple[Te
 @torch.library.register_fake("fastdiff::topk_pack")
 def _topk_pack(item_emb: Tensor, stored: int) -> tuple[Tensor, Tensor]:
     n_rows, dim = item_emb.shape
-    rows = item_emb.new_empty((n_rows if stored else 0, dim), dtype=torch.bfloat16 if stored == 1 else torch.uint8)
+    dtype = {1: torch.bfloat16, 3: torch.float16}.get(stored, torch.uint8)
+    rows = item_emb.new_empty((n_rows if stored else 0, dim), dtype=dtype)
     return rows, item_emb.new_empty(((n_rows + 63) // 64, 4))
 
 
