@@ -43,13 +43,17 @@ from fastdiff.item_ids import (
 from fastdiff.item_ids import item_ids as make_ids
 from fastdiff.item_vectors import ItemVectors, normalize
 from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.score_topk import SCAN_DTYPES, UserLists, merge_topk, score_topk
+from fastdiff.ops.score_topk import SCAN_DTYPES, UserLists, merge_topk, score_topk, topk_of_rows
 from fastdiff.ops.topk_definition import sum_in_order
 from fastdiff.ops.user_lists import describe, dtype_name
 from fastdiff.staging import upload
 
 if TYPE_CHECKING:
     from fastdiff._C import ItemIndex
+
+
+_FEW = 64
+"""A gathered row costs about what so many rows of an int8 scan do: it is read, copied, bounded and read once more."""
 
 
 @dataclass(eq=False)
@@ -305,7 +309,7 @@ class ItemCatalog:
         """
         query, n_samples = self._queries(query, aggregation)
         _check_k(k)
-        device = self.device
+        device, few = self.device, None
         if published:
             unfiltered = exclude_rows is None and candidate_rows is None
             if not (unfiltered and user_exclude is None and user_candidates is None):
@@ -318,6 +322,8 @@ class ItemCatalog:
             if zeroed is not None or n_published_rows is not None:
                 raise InvalidArgument("ItemCatalog.topk: zeroed and n_published_rows need published=True")
             n_rows = self.n_rows
+            if candidate_rows is not None and self._worth_gathering(candidate_rows.numel()):
+                few, candidate_rows = self._checked_rows(candidate_rows, "candidate_rows"), None
             allowed = self._allowed(exclude_rows, candidate_rows)
         if user_exclude is not None:
             user_exclude = user_exclude.to(device).repeat(n_samples)
@@ -327,7 +333,10 @@ class ItemCatalog:
         table, scan = self._vectors.scored, self._vectors.scan
         if n_rows != self.n_rows:
             table, scan = table[:n_rows], scan[:n_rows]
-        rows, scores = op(query, table, k, allowed, user_exclude, user_candidates, scan)
+        if few is not None:
+            rows, scores = topk_of_rows(op, query, table, k, few, allowed, user_exclude, user_candidates)
+        else:
+            rows, scores = op(query, table, k, allowed, user_exclude, user_candidates, scan)
         if n_samples != 1:
             wide = (query.shape[0] // n_samples, n_samples * k)
             rows, scores = merge_topk(rows.view(wide), scores.view(wide), k)
@@ -391,6 +400,14 @@ class ItemCatalog:
         elif candidates is None and self.n_items == self.n_rows:
             return None
         return allowed
+
+    def _worth_gathering(self, n_candidates: int) -> bool:
+        """Whether a table of the candidates alone is made sooner than this one is scanned with a mask of them.
+
+        Known without a look at the device. The C++ engine reads few allowed rows where they lie; on a GPU, a table of
+        2^28 numbers takes as long as the kernels that gather."""
+        large = self.device.type != "cpu" and self.n_rows * self.dim >= 1 << 28
+        return large and _FEW * n_candidates <= self.n_rows
 
     def _checked_rows(self, rows: Tensor, name: str) -> Tensor:
         if rows.ndim != 1 or rows.dtype != torch.int64:

@@ -5,10 +5,13 @@
     raise     floor = the k-th best of these, a score that k rows surely reach: k different groups hold one each
     scan      the whole table: only groups whose highest score, and its slack, reach the floor are kept
     raise     the floor once more, from what is kept; the groups left are listed, hardly more than k
-    exact     rows of these groups by the definition; queries of whom too much was kept go through the whole table
+    rescan    only queries of whom too much was kept, whose floor is higher by now: all of this once more, in float32
+    exact     rows of the groups listed by the definition; queries of whom too much was kept even so (thousands of equal
+              scores) go through the whole table, each with all processors
     order     keys to their places
 
-Seven launches, whose sizes depend on shapes alone, so a call can be captured in a CUDA graph. Of G groups,
+Seven launches, of a large table twelve, whose sizes depend on shapes alone, so a call can be captured in a CUDA graph;
+where no query was kept too much of, the five more have nothing to do and end at once. Of G groups,
 a sample of s lets about k G / s pass; with s = sqrt(k G), a million rows in groups of 16 are read 1.04 times for k of
 100, and a user costs 2,500 entries of 8 bytes each time, in place of a million scores. A group that is opened costs its
 8 to 64 float32 rows, so groups are small where there are many queries, and may be large where there are few.
@@ -20,7 +23,7 @@ wanted, `exact` and `order` alone give the answer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -29,9 +32,11 @@ from torch import Tensor
 from fastdiff.kernels import score_topk_plan
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import INTERPRETED, next_power_of_2
+from fastdiff.kernels.score_topk_cases import REGISTERS, all_cases
 from fastdiff.kernels.score_topk_exact import NO_KEY, _exact_kernel, _order_kernel, _raise_kernel
-from fastdiff.kernels.score_topk_plan import Plan, plan, scan_blocks
-from fastdiff.kernels.score_topk_scan import FACTORS, NOT_FINITE, _prepare_kernel, _scan_kernel
+from fastdiff.kernels.score_topk_plan import Plan, Sweep, plan, scan_candidates
+from fastdiff.kernels.score_topk_scan import FACTORS, NOT_FINITE, _prepare_kernel, _rescan_kernel, _scan_kernel
+from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 from fastdiff.ops import topk_scan
 from fastdiff.ops.score_topk import check_finite, check_rows, check_topk
 from fastdiff.ops.topk_definition import from_keys
@@ -41,9 +46,6 @@ from fastdiff.per_object import PerObject
 
 ORDERED = 1 << 14
 """Up to this k, keys are ordered by counting; beyond it by torch.sort."""
-
-_REGISTERS = 168
-"""That a thread of the exact kernel may have, three blocks of four warps to a processor: without a bound, it spills."""
 
 _table_facts: PerObject[tuple[Tensor, Tensor]] = PerObject()
 
@@ -71,8 +73,10 @@ def score_topk(
     items = item_emb if item_emb.stride(1) == 1 or dim == 1 else item_emb.contiguous()
     scan = ScanTable.build(item_emb) if scan is None else scan.to_scan(item_emb)
     excluded = 0 if user_exclude is None else -(-user_exclude.values.numel() // n_users)
-    sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, _processors(device))
-    call = _Call(items, scan, allowed, user_exclude, user_candidates, n_users, sizes)
+    blocks = _scan_blocks(n_users, dim, scan, device)
+    queries, rows_of_tile = blocks.constants["BLOCK_Q"], blocks.constants["BLOCK_N"]
+    sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, _processors(device), queries, rows_of_tile)
+    call = _Call(items, scan, allowed, user_exclude, user_candidates, n_users, sizes, blocks)
     for lo in range(0, n_users, sizes.users):
         part = slice(lo, min(lo + sizes.users, n_users))
         call.answer(query[part], lo, rows[part], scores[part])
@@ -91,8 +95,9 @@ class _Call:
         candidates: UserLists | None,
         n_users: int,
         sizes: Plan,
+        blocks: Config,
     ) -> None:
-        self.items, self.scan, self.plan, self.device = items, scan, sizes, items.device
+        self.items, self.scan, self.plan, self.blocks, self.device = items, scan, sizes, blocks, items.device
         self.scanned = bool(sizes.group) and candidates is None
         self.sorted_exclude = exclude is not None and exclude.values.numel() > 512 * n_users
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
@@ -115,13 +120,11 @@ class _Call:
         """Of a slice of the queries, from number `first` on."""
         (n, dim), (n_rows, _), sizes, k = query.shape, self.items.shape, self.plan, out_rows.shape[1]
         kept, n_parts, dims = min(k, n_rows), self.plan.parts, -(-dim // 16) * 16
-        operand_dtype = torch.int8 if self.stored == STORED[torch.int8] else torch.bfloat16
-        if INTERPRETED and operand_dtype == torch.bfloat16:
-            operand_dtype = torch.float32  # of bfloat16 numbers: the interpreter cannot compute in bfloat16
-        operand = self._empty(n, dims, dtype=operand_dtype)
+        operand = self._empty(n, dims, dtype=self._operand_dtype())
         factors, floor = self._empty(n, FACTORS.value), self._empty(n)
         state, n_found, n_open = (self._empty(n, dtype=torch.int32) for _ in range(3))
         opened = self._empty(n, sizes.opened, dtype=torch.int32)
+        listed, n_listed = self._empty(2, n, dtype=torch.int32), self._empty(2, dtype=torch.int32)
         _prepare_kernel[(n,)](
             query,
             self.max_norm,
@@ -130,6 +133,7 @@ class _Call:
             floor,
             state,
             n_found,
+            n_listed,
             dim,
             dims,
             ALL_FORCED=not self.scanned,
@@ -138,16 +142,19 @@ class _Call:
             num_warps=1,
         )
         exclude_offsets, candidate_offsets = self.exclude_offsets[first:], self.candidate_offsets[first:]
-        if self.scanned:
-            most = sizes.programs * max(sizes.slots, sizes.sample_slots)
-            entries = self._empty(n, most, dtype=torch.int64)
-            counts = self._empty(n, sizes.programs, dtype=torch.int32)
+        sweeps = [sweep for sweep in (sizes.scan, sizes.rescan) if sweep is not None and self.scanned]
+        rescanned = len(sweeps) == 2
+        if sweeps:
+            entries = self._empty(n, max(sweep.entries for sweep in sweeps), dtype=torch.int64)
+            counts = self._empty(n, max(sweep.programs for sweep in sweeps), dtype=torch.int32)
             gathered = self._empty(n, sizes.gathered, dtype=torch.int64)
-            for last, visited, step, slots in (
-                (False, sizes.visited, sizes.step, sizes.sample_slots),
-                (True, sizes.tiles, 1, sizes.slots),
-            ):
-                self._scan(operand, factors, floor, entries, counts, dim, visited, step, slots)
+        for second, sweep in enumerate(sweeps):
+            for last, visited, step, start, slots in sweep.passes():
+                if second:
+                    part = (query, factors, floor, entries, counts, listed[0], n_listed)
+                    self._rescan(part, sweep, visited, step, start, slots)
+                else:
+                    self._scan((operand, factors, floor), entries, counts, dim, visited, step, slots)
                 _raise_kernel[(n,)](
                     entries,
                     counts,
@@ -159,59 +166,69 @@ class _Call:
                     gathered,
                     opened,
                     n_open,
+                    listed[second],
+                    n_listed[second:],
                     kept,
-                    sizes.programs,
+                    sweep.programs,
                     slots,
                     sizes.gathered,
                     sizes.opened,
                     GROUP=sizes.group,
                     LAST=last,
-                    CERTIFIED=self.scan.certified,
+                    SECOND=bool(second),
+                    RESCANNED=rescanned,
+                    CERTIFIED=self.scan.certified or bool(second),
                     HAS_EXCLUDE=self.flags["HAS_EXCLUDE"],
                     BLOCK=256 * score_topk_plan.WIDER,
                 )
-        width = n_parts * sizes.keys
+        width = max(n_parts * sizes.keys, sizes.forced[1] * kept if rescanned else 0)
         found = self._empty(n, width, dtype=torch.int64)
         if k > ORDERED:
             found.fill_(NO_KEY.value)
-        _exact_kernel[(n, n_parts)](
-            query,
-            self.items,
-            self.scan.bounds,
-            factors,
-            floor,
-            state,
-            opened,
-            n_open,
-            self.allowed,
-            self.exclude,
-            exclude_offsets,
-            self.candidates,
-            candidate_offsets,
-            self._empty(n, n_parts, sizes.sifted, dtype=torch.int32),
-            self._empty(n, n_parts, sizes.keys, dtype=torch.int64),
-            found,
-            n_found,
-            n_rows,
-            dim,
-            self.items.stride(0),
-            kept,
-            sizes.opened,
-            sizes.sifted,
-            sizes.keys,
-            width,
-            SCANNED=self.scanned,
-            GROUP=sizes.group or 64,
-            CERTIFIED=self.scan.certified,
-            EXCLUDE_SORTED=self.sorted_exclude,
-            HAS_CANDIDATES=self.has_candidates,
-            BLOCK_R=128 * score_topk_plan.WIDER,
-            BLOCK_S=64 * score_topk_plan.WIDER,
-            BLOCK_D=min(next_power_of_2(dim), 64),
-            BLOCK_K=256 * score_topk_plan.WIDER,
-            maxnreg=_REGISTERS,
-            **self.flags,
-        )
+        for of_list in (False, True) if rescanned else (False,):
+            grid = sizes.forced if of_list else (n, n_parts)
+            _exact_kernel[grid](
+                query,
+                self.items,
+                self.scan.bounds,
+                factors,
+                floor,
+                state,
+                opened,
+                n_open,
+                self.allowed,
+                self.exclude,
+                exclude_offsets,
+                self.candidates,
+                candidate_offsets,
+                self._empty(*grid, sizes.sifted, dtype=torch.int32),
+                self._empty(*grid, sizes.keys, dtype=torch.int64),
+                found,
+                n_found,
+                listed[1],
+                n_listed[1:],
+                n_rows,
+                dim,
+                self.items.stride(0),
+                kept,
+                sizes.opened,
+                sizes.sifted,
+                sizes.keys,
+                width,
+                SCANNED=self.scanned and not of_list,
+                LISTED=of_list,
+                FORCED_LATER=rescanned and not of_list,
+                GROUP=sizes.group or 64,
+                CERTIFIED=self.scan.certified,
+                EXCLUDE_SORTED=self.sorted_exclude,
+                HAS_CANDIDATES=self.has_candidates,
+                BLOCK_R=128 * score_topk_plan.WIDER,
+                BLOCK_S=64 * score_topk_plan.WIDER,
+                BLOCK_D=min(next_power_of_2(dim), 64),
+                BLOCK_K=256 * score_topk_plan.WIDER,
+                maxnreg=REGISTERS,
+                **self.flags,
+            )
         if k > ORDERED:
             best = found.sort(dim=1, descending=True).values[:, :kept]
             rows, scores = from_keys(torch.nn.functional.pad(best, (0, k - kept), value=NO_KEY.value))
@@ -223,11 +240,15 @@ class _Call:
             found, n_found, state, out_rows, out_scores, k, width, BLOCK=block, BLOCK_J=32 * score_topk_plan.WIDER
         )
 
+    def _operand_dtype(self) -> torch.dtype:
+        if self.stored == STORED[torch.int8] or self.stored == STORED[torch.float16]:
+            return self.scan.dtype
+        # of bfloat16 numbers: the interpreter cannot compute in bfloat16
+        return torch.float32 if INTERPRETED else torch.bfloat16
+
     def _scan(
         self,
-        operand: Tensor,
-        factors: Tensor,
-        floor: Tensor,
+        queries: tuple[Tensor, Tensor, Tensor],
         entries: Tensor,
         counts: Tensor,
         dim: int,
@@ -235,21 +256,20 @@ class _Call:
         step: int,
         slots: int,
     ) -> None:
-        n, blocks = len(operand), self.plan.blocks
+        """queries: their operand, factors and floor."""
+        operand, blocks = queries[0], self.blocks
         rows = self.scan.chunks[0] if self.stored else self.items
         if INTERPRETED and self.stored == STORED[torch.bfloat16]:
             rows = rows.view(torch.int16)
-        _scan_kernel[(triton.cdiv(n, blocks.queries), self.plan.programs)](
-            operand,
-            factors,
-            floor,
+        _scan_kernel[(triton.cdiv(len(operand), blocks.constants["BLOCK_Q"]), self.plan.scan.programs)](
+            *queries,
             rows,
             self.offsets,
             self.scan.bounds,
             self.allowed,
             entries,
             counts,
-            n,
+            len(operand),
             self.scan.n_rows,
             dim,
             operand.shape[1],
@@ -261,16 +281,46 @@ class _Call:
             WIDE=INTERPRETED,
             CERTIFIED=self.scan.certified,
             HAS_ALLOWED=self.flags["HAS_ALLOWED"],
-            ITEMS_FIRST=blocks.items_first,
             CHUNK=topk_scan.CHUNK if len(self.scan.chunks) > 1 else 0,
             GROUP=self.plan.group,
-            BLOCK_Q=blocks.queries,
-            BLOCK_N=blocks.rows,
-            BLOCK_D=blocks.dims,
-            ONE_STEP=dim <= blocks.dims,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-            maxnreg=blocks.maxnreg,
+            ONE_STEP=dim <= blocks.constants["BLOCK_D"],
+            **blocks.launch(),
+        )
+
+    def _rescan(
+        self,
+        queries: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+        sweep: Sweep,
+        visited: int,
+        step: int,
+        start: int,
+        slots: int,
+    ) -> None:
+        """queries: vectors, factors, floor, entries, counts, which of them, and how many these are."""
+        query, factors, floor, entries, counts, listed, n_listed = queries
+        _rescan_kernel[(1, sweep.programs)](
+            query,
+            factors,
+            floor,
+            self.items,
+            self.scan.bounds,
+            self.allowed,
+            entries,
+            counts,
+            listed,
+            n_listed,
+            self.scan.n_rows,
+            query.shape[1],
+            self.items.stride(0),
+            start,
+            step,
+            visited,
+            slots,
+            HAS_ALLOWED=self.flags["HAS_ALLOWED"],
+            GROUP=self.plan.group,
+            BLOCK_Q=score_topk_plan.RESCAN_QUERIES,
+            BLOCK_N=sweep.rows,
+            BLOCK_D=score_topk_plan.RESCAN_DIMS,
         )
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -278,8 +328,11 @@ class _Call:
 
 
 def _facts_of(scan: ScanTable) -> tuple[Tensor, Tensor]:
-    """(how many numbers behind the first each chunk begins [chunks] int64, the largest norm [1]), on the device."""
-    size, start = scan.chunks[0].element_size(), scan.chunks[0].data_ptr()
+    """(how many times 16 numbers behind the first each chunk begins [chunks] int64, the largest norm [1]), on the device.
+
+    A kernel that knows the 16 reads 16 bytes at a time; every tensor that torch allocates begins at a multiple of 64
+    bytes at least."""
+    size, start = 16 * scan.chunks[0].element_size(), scan.chunks[0].data_ptr()
     offsets = [(chunk.data_ptr() - start) // size for chunk in scan.chunks]
     return torch.tensor(offsets, device=scan.device), scan.bounds[:, :1].amax(0)
 
@@ -295,114 +348,29 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _scan_blocks(n_users: int, dim: int, scan: ScanTable, device: torch.device) -> Config:
+    dims = min(next_power_of_2(max(dim, 32)), 128)
+    key = (bucket(n_users, most=1024), dims, str(scan.dtype).removeprefix("torch."))
+    return choose("score_topk", key, scan_candidates, device)
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times."""
+    for dims in (64, 128):
+        n_rows = 1_000_000 if device.type == "cuda" else 2_000  # interpreted, only the choice can be looked at
+        item_emb = torch.randn(n_rows, dims, device=device)
+        for dtype in topk_scan.SCAN_DTYPES:
+            scan, name = ScanTable.build(item_emb, dtype), str(dtype).removeprefix("torch.")
+            for n_users in (1, 32, 1024):
+                query = torch.randn(n_users, dims, device=device)
+                candidates = scan_candidates(n_users, dims, name)
+                yield Problem("score_topk", (n_users, dims, name), candidates, partial(_scores, query, item_emb, scan))
+
+
+def _scores(query: Tensor, item_emb: Tensor, scan: ScanTable) -> Tensor:
+    return score_topk(query, item_emb, 100, scan=scan)[1]
+
+
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
-    flags = {"HAS_ALLOWED": True, "HAS_EXCLUDE": True}
-    stored_as = {0: "*fp32", 1: "*bf16", 2: "*u8"}
-    for dim in (64, 128):
-        for n_users, n_rows in ((1, 1_000_000), (32, 1_000_000), (1024, 1_000_000), (32, 12_000), (1024, 12_000)):
-            for dtype, stored in STORED.items():
-                sizes, blocks = plan(n_users, n_rows, dim, 100, 0, 132), scan_blocks(n_users, dim)
-                name = f"{str(dtype).removeprefix('torch.')} B={n_users} N={n_rows} D={dim}"
-                yield Case(
-                    f"scan {name}",
-                    _scan_kernel,
-                    {
-                        "p_operand": "*i8" if stored == STORED[torch.int8] else "*bf16",
-                        "p_rows": stored_as[stored],
-                        "p_chunks": "*i64",
-                        **dict.fromkeys(("p_factors", "p_floor", "p_bounds"), "*fp32"),
-                        "p_allowed": "*u8",
-                        "p_entries": "*i64",
-                        "p_counts": "*i32",
-                        **dict.fromkeys(("n_queries", "n_rows", "dim", "operand_dim"), "i32"),
-                        **dict.fromkeys(("row_stride", "n_visited", "step", "slots"), "i32"),
-                    },
-                    {
-                        "STORED": stored,
-                        "WIDE": False,
-                        "CERTIFIED": True,
-                        "HAS_ALLOWED": n_users > 1,
-                        "ITEMS_FIRST": blocks.items_first,
-                        "CHUNK": topk_scan.CHUNK if stored and n_rows > topk_scan.CHUNK else 0,
-                        "GROUP": sizes.group,
-                        "BLOCK_Q": blocks.queries,
-                        "BLOCK_N": blocks.rows,
-                        "BLOCK_D": blocks.dims,
-                        "ONE_STEP": True,
-                    },
-                    {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages, "maxnreg": blocks.maxnreg},
-                    tensor_core=True,
-                    divisible=("p_operand", "p_rows", "p_chunks", "p_entries", "dim", "operand_dim", "row_stride"),
-                )
-        for scanned, group, candidates, sorted_lists in (
-            (False, 64, False, False),
-            (False, 64, True, True),
-            (True, 64, False, False),
-            (True, 16, False, True),
-            (True, 8, False, False),
-        ):
-            listed = " listed" if candidates else " scanned" if scanned else ""
-            yield Case(
-                f"exact D={dim}{listed} G={group}{' sorted' if sorted_lists else ''}",
-                _exact_kernel,
-                {
-                    **dict.fromkeys(("p_query", "p_items", "p_bounds", "p_factors", "p_floor"), "*fp32"),
-                    **dict.fromkeys(("p_state", "p_open", "p_n_open", "p_sifted", "p_n_found"), "*i32"),
-                    "p_allowed": "*u8",
-                    **dict.fromkeys(("p_exclude", "p_exclude_offsets", "p_candidates"), "*i64"),
-                    **dict.fromkeys(("p_candidate_offsets", "p_keys", "p_found"), "*i64"),
-                    **dict.fromkeys(("n_rows", "dim", "item_stride", "k"), "i32"),
-                    **dict.fromkeys(("open_width", "sift_width", "key_width", "found_width"), "i32"),
-                },
-                {
-                    "SCANNED": scanned,
-                    "GROUP": group,
-                    "CERTIFIED": group != 8,
-                    **flags,
-                    "EXCLUDE_SORTED": sorted_lists,
-                    "HAS_CANDIDATES": candidates,
-                    "BLOCK_R": 128,
-                    "BLOCK_S": 64,
-                    "BLOCK_D": 64,
-                    "BLOCK_K": 256,
-                },
-                {"maxnreg": _REGISTERS},
-                divisible=("p_query", "p_items", "dim", "item_stride"),
-            )
-    for dtype, stored in STORED.items():
-        yield Case(
-            f"prepare {str(dtype).removeprefix('torch.')} D=128",
-            _prepare_kernel,
-            {
-                **dict.fromkeys(("p_query", "p_max_norm", "p_factors", "p_floor"), "*fp32"),
-                "p_operand": "*i8" if stored == STORED[torch.int8] else "*bf16",
-                **dict.fromkeys(("p_state", "p_n_found"), "*i32"),
-                **dict.fromkeys(("dim", "operand_dim"), "i32"),
-            },
-            {"ALL_FORCED": False, "STORED": stored, "BLOCK_D": 128},
-            {"num_warps": 1},
-        )
-    for last in (False, True):
-        yield Case(
-            f"raise{' last' if last else ''}",
-            _raise_kernel,
-            {
-                **dict.fromkeys(("p_entries", "p_exclude_offsets", "p_gathered"), "*i64"),
-                **dict.fromkeys(("p_counts", "p_state", "p_open", "p_n_open"), "*i32"),
-                **dict.fromkeys(("p_factors", "p_bounds", "p_floor"), "*fp32"),
-                **dict.fromkeys(("k", "n_programs", "slots", "gather_width", "open_width"), "i32"),
-            },
-            {"GROUP": 64, "LAST": last, "CERTIFIED": True, "HAS_EXCLUDE": True, "BLOCK": 256},
-        )
-    yield Case(
-        "order",
-        _order_kernel,
-        {
-            **dict.fromkeys(("p_found", "p_out_rows"), "*i64"),
-            **dict.fromkeys(("p_n_found", "p_state"), "*i32"),
-            "p_out_scores": "*fp32",
-            **dict.fromkeys(("k", "found_width"), "i32"),
-        },
-        {"BLOCK": 128, "BLOCK_J": 32},
-    )
+    return all_cases()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdiff.kernels.score_topk_scan import FACTORS, FORCED, NOT_FINITE, from_ordered, ordered
+from fastdiff.kernels.score_topk_scan import FACTORS, FORCED, LOWEST, NOT_FINITE, OVERFLOWED, from_ordered, ordered
 
 NO_KEY = tl.constexpr(-(2**63))
 _LOW_WORD = tl.constexpr(0xFFFFFFFF)
@@ -69,6 +69,8 @@ def _raise_kernel(
     p_gathered,
     p_open,
     p_n_open,
+    p_listed,
+    p_n_listed,
     k,
     n_programs,
     slots,
@@ -76,18 +78,25 @@ def _raise_kernel(
     open_width,
     GROUP: tl.constexpr,
     LAST: tl.constexpr,
+    SECOND: tl.constexpr,
+    RESCANNED: tl.constexpr,
     CERTIFIED: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per query: its entries are gathered, and its floor raised to the k-th best of what they surely reach.
 
-    LAST  after the scan of the whole table: the groups that may reach the floor are listed in p_open. Where entries
-          were lost or are too many, the query is forced to the definition instead.
-    Rows that the user may not be given count among the k, so these are k + the number of them.
+    LAST       after the scan of the whole table: the groups that may reach the floor are listed in p_open. Where
+               entries were lost or are too many, the query is scanned again, or forced to the definition.
+    RESCANNED  there is a second scan: queries are listed in p_listed, whoever is to be scanned again, and after the
+               SECOND scan whoever is forced
+    Rows that the user may not be given count among the k, so these are k + the number of them. What was kept before
+    others were lost still raises the floor: these are different groups, each with a row that reaches its entry.
     """
     i_query = tl.program_id(0).to(tl.int64)
-    if tl.load(p_state + i_query) == 0:
+    state = tl.load(p_state + i_query)
+    served = state == (OVERFLOWED if SECOND else 0)
+    if served:
         rank = tl.to_tensor(k).to(tl.int64)
         if HAS_EXCLUDE:
             rank += tl.load(p_exclude_offsets + i_query + 1) - tl.load(p_exclude_offsets + i_query)
@@ -121,7 +130,12 @@ def _raise_kernel(
                 b_group = b_entry & _LOW_WORD
                 b_high = from_ordered((b_entry >> 32).to(tl.int32))
                 if CERTIFIED:
-                    b_high += 2.0 * _slack(p_factors + i_query * FACTORS, p_bounds, b_group * GROUP, m_entry)
+                    p_factor = p_factors + i_query * FACTORS
+                    if SECOND:
+                        b_norm = tl.load(p_bounds + b_group * GROUP // 64 * 4, mask=m_entry, other=0.0)
+                        b_high += 2.0 * (tl.load(p_factor + 3) * b_norm + tl.load(p_factor + 2))
+                    else:
+                        b_high += 2.0 * _slack(p_factor, p_bounds, b_group * GROUP, m_entry)
                 m_open = m_entry & (b_high >= floor)
                 b_one = m_open.to(tl.int32)
                 b_place = n_open + tl.cumsum(b_one, 0) - b_one
@@ -129,8 +143,20 @@ def _raise_kernel(
                 tl.store(p_place, b_group.to(tl.int32), mask=m_open & (b_place < open_width))
                 n_open += tl.sum(b_one, 0)
             tl.store(p_n_open + i_query, n_open)
-            if (lost > 0) | (n > gather_width) | (n_open > open_width):
-                tl.store(p_state + i_query, FORCED)
+            too_many = (lost > 0) | (n > gather_width) | (n_open > open_width)
+            if SECOND:
+                state = tl.where(too_many, FORCED, 0)
+            elif RESCANNED:
+                state = tl.where(too_many, OVERFLOWED, 0)
+                if not CERTIFIED:  # the floor is a score of the first scan, which no row need reach
+                    if too_many:
+                        tl.store(p_floor + i_query, LOWEST)
+            else:
+                state = tl.where(too_many, FORCED, 0)
+            tl.store(p_state + i_query, state)
+    if LAST and RESCANNED:
+        if state == (FORCED if SECOND else OVERFLOWED):
+            tl.store(p_listed + tl.atomic_add(p_n_listed, 1), i_query.to(tl.int32))
 
 
 @triton.jit
@@ -191,7 +217,9 @@ def _listed(p_values, first, last, b_row, mask, SORTED: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _exact_kernel(
+def _exact_part(
+    i_query,
+    i_slot,
     p_query,
     p_items,
     p_bounds,
@@ -218,6 +246,8 @@ def _exact_kernel(
     key_width,
     found_width,
     SCANNED: tl.constexpr,
+    LISTED: tl.constexpr,
+    FORCED_LATER: tl.constexpr,
     GROUP: tl.constexpr,
     CERTIFIED: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
@@ -229,17 +259,12 @@ def _exact_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One part of the rows of one query that may be among its k best: their keys are added to p_found.
-
-    A key is one int64 whose descending order is (score descending, row ascending), as `topk_definition.to_keys` makes
-    it. Of the groups of a scan, a float32 sum in any order, coalesced, first sifts the rows that can reach the floor
-    into p_sifted; where they do not fit there, all rows of the groups are scored.
-    """
-    i_query, i_part, n_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    """One part of the rows of one query that may be among its k best: their keys are added to p_found."""
+    i_part, n_parts = tl.program_id(1), tl.num_programs(1)
     state = tl.load(p_state + i_query)
     p_query += i_query * dim
-    p_keys += (i_query * n_parts + i_part) * key_width
-    p_sifted += (i_query * n_parts + i_part) * sift_width
+    p_keys += (i_slot * n_parts + i_part) * key_width
+    p_sifted += (i_slot * n_parts + i_part) * sift_width
     p_open += i_query * open_width
     p_factor = p_factors + i_query * FACTORS
     first_excluded, last_excluded = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
@@ -258,14 +283,17 @@ def _exact_kernel(
     if SCANNED:
         opened = state == 0
         all_units = tl.where(opened, tl.load(p_n_open + i_query).to(tl.int64), all_units)
+    if SCANNED or LISTED:
         limit = tl.load(p_floor + i_query)  # infinity where the query was not scanned
         if CERTIFIED:  # whatever scores below a score that k rows reach is not among the k best
             floor = tl.where(limit < float("inf"), ordered(limit).to(tl.int64) << 32, floor)
     per_part = (all_units + n_parts - 1) // n_parts
     first_unit = tl.minimum(i_part * per_part, all_units)
     n_units = tl.minimum(first_unit + per_part, all_units) - first_unit
-    if state == NOT_FINITE:
-        n_units = n_units * 0
+    left_out = state == NOT_FINITE
+    if FORCED_LATER:
+        left_out = left_out | (state == FORCED)
+    n_units = tl.where(left_out, 0, n_units)
 
     n_left = n_units * UNIT
     if SCANNED:
@@ -331,6 +359,10 @@ def _exact_kernel(
             floor = _cut(p_keys, n, k, BLOCK_K)
             n = tl.to_tensor(k).to(tl.int64)
 
+    if LISTED:  # by many parts, each of which adds its k best at most
+        if n > k:
+            _cut(p_keys, n, k, BLOCK_K)
+            n = tl.to_tensor(k).to(tl.int64)
     tl.debug_barrier()
     if n > 0:
         place = tl.atomic_add(p_n_found + i_query, n.to(tl.int32))
@@ -338,6 +370,151 @@ def _exact_kernel(
             o_key = at + tl.arange(0, BLOCK_K)
             b_key = tl.load(p_keys + o_key, mask=o_key < n, other=NO_KEY)
             tl.store(p_found + i_query * found_width + place + o_key, b_key, mask=o_key < n)
+
+@triton.jit
+def _exact_kernel(
+    p_query,
+    p_items,
+    p_bounds,
+    p_factors,
+    p_floor,
+    p_state,
+    p_open,
+    p_n_open,
+    p_allowed,
+    p_exclude,
+    p_exclude_offsets,
+    p_candidates,
+    p_candidate_offsets,
+    p_sifted,
+    p_keys,
+    p_found,
+    p_n_found,
+    p_listed,
+    p_n_listed,
+    n_rows,
+    dim,
+    item_stride,
+    k,
+    open_width,
+    sift_width,
+    key_width,
+    found_width,
+    SCANNED: tl.constexpr,
+    LISTED: tl.constexpr,
+    FORCED_LATER: tl.constexpr,
+    GROUP: tl.constexpr,
+    CERTIFIED: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    EXCLUDE_SORTED: tl.constexpr,
+    HAS_CANDIDATES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The keys of the rows of each query that may be among its k best, in parts; one program per query and part.
+
+    A key is one int64 whose descending order is (score descending, row ascending), as `topk_definition.to_keys` makes
+    it. Of the groups of a scan, a float32 sum in any order, coalesced, first sifts the rows that can reach the floor
+    into p_sifted; where they do not fit there, all rows of the groups are scored.
+
+    LISTED        whole tables for the queries in p_listed, one after the other on the first axis, in as many parts as
+                  keep the device busy with one query; p_found needs room for k keys of each part
+    FORCED_LATER  queries that are forced are left to such a launch
+    """
+    if LISTED:
+        n_listed = tl.load(p_n_listed)
+        for i in range(tl.program_id(0), n_listed, tl.num_programs(0)):
+            i_query = tl.load(p_listed + i).to(tl.int64)
+            _exact_part(
+                i_query,
+                tl.program_id(0).to(tl.int64),
+                p_query,
+                p_items,
+                p_bounds,
+                p_factors,
+                p_floor,
+                p_state,
+                p_open,
+                p_n_open,
+                p_allowed,
+                p_exclude,
+                p_exclude_offsets,
+                p_candidates,
+                p_candidate_offsets,
+                p_sifted,
+                p_keys,
+                p_found,
+                p_n_found,
+                n_rows,
+                dim,
+                item_stride,
+                k,
+                open_width,
+                sift_width,
+                key_width,
+                found_width,
+                SCANNED,
+                LISTED,
+                FORCED_LATER,
+                GROUP,
+                CERTIFIED,
+                HAS_ALLOWED,
+                HAS_EXCLUDE,
+                EXCLUDE_SORTED,
+                HAS_CANDIDATES,
+                BLOCK_R,
+                BLOCK_S,
+                BLOCK_D,
+                BLOCK_K,
+            )
+            tl.debug_barrier()  # the keys are read before those of the next query are written
+    else:
+        i_query = tl.program_id(0).to(tl.int64)
+        _exact_part(
+            i_query,
+            i_query,
+            p_query,
+            p_items,
+            p_bounds,
+            p_factors,
+            p_floor,
+            p_state,
+            p_open,
+            p_n_open,
+            p_allowed,
+            p_exclude,
+            p_exclude_offsets,
+            p_candidates,
+            p_candidate_offsets,
+            p_sifted,
+            p_keys,
+            p_found,
+            p_n_found,
+            n_rows,
+            dim,
+            item_stride,
+            k,
+            open_width,
+            sift_width,
+            key_width,
+            found_width,
+            SCANNED,
+            LISTED,
+            FORCED_LATER,
+            GROUP,
+            CERTIFIED,
+            HAS_ALLOWED,
+            HAS_EXCLUDE,
+            EXCLUDE_SORTED,
+            HAS_CANDIDATES,
+            BLOCK_R,
+            BLOCK_S,
+            BLOCK_D,
+            BLOCK_K,
+        )
 
 
 # --- the order --------------------------------------------------------------------------------------------------------

@@ -1,36 +1,76 @@
-"""The sizes of a call of score_topk in Triton, worked out from shapes alone, and the blocks of its scan."""
+"""The sizes of a call of score_topk in Triton, worked out from shapes alone, and the blocks that its scan may take.
+
+Few queries are a stream: the table is read once and hardly anything computed, so what counts is how many bytes are on
+their way. An H200 reads 4.8 TB/s at a latency of some 0.7 us: 3.4 MB in flight, 26 KB for each of its 132 processors. A
+program has `num_stages - 1` tiles in flight; a tile of at least 16 KB (256 rows of int8 at D = 64, 128 rows of what is
+wider) and 3 stages make 32 KB, and two programs share a processor (8 warps of at most 128 registers, or 4 warps of 255),
+so 64 KB are asked for where 26 would do. One query over 10^7 rows has 4 programs for each processor, 528, each with its
+own share of the 40,000 tiles (a sixteenth of a per cent of the table at most is read by fewer than all); the output of a
+program, one counter and a few entries per query, is nothing beside its 1.2 MB of rows.
+
+Many queries are a product of matrices: 128 queries stay in registers or shared memory, and rows are streamed past them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastdiff.kernels.runtime import INTERPRETED, next_power_of_2
+from fastdiff.kernels.tuning import Config
 
 LARGEST_K = 4096
 """Beyond it, and in tables of fewer rows than `FEWEST_ROWS`, every row is scored by the definition."""
 FEWEST_ROWS = 1024
 WIDEST = 1 << 16
 """Wider vectors too: their bounds would be loose."""
+RESCANNED = 1 << 22
+"""Tables of this many numbers have a second scan for queries of whom the first one keeps too much; smaller ones are
+scored by the definition sooner than five more kernels start."""
 BUDGET = 256 << 20
 """Bytes of the buffers of one slice of the queries."""
 USERS = 2048
 """Queries of a slice at most."""
+FOUND = 4096
+"""Keys of a query, or k, that there is room for where it is forced to the definition, in parts with k keys each."""
+FEW = 32
+"""Up to so many queries are the columns of the product."""
 WIDER = 8 if INTERPRETED else 1
 """Interpreted, an operation costs the same for few numbers and for many, so blocks are wider there."""
 
+RESCAN_QUERIES, RESCAN_ROWS, RESCAN_DIMS = 16, 64 * WIDER, 16
+"""The blocks of the second scan: float32 products need no matrix units, and a thread holds 16 numbers of each row."""
+
 
 @dataclass(frozen=True)
-class Blocks:
-    """The configuration of the scan's kernel."""
+class Sweep:
+    """How a scan goes over the table, first over a sample of its tiles, then over all.
 
-    items_first: bool
-    queries: int
+    rows       of a tile
+    programs   that share the tiles out, of each block of queries
+    tiles, visited, step, start   of the table; of the sample, how far apart, and which is its first
+    sample_slots, slots   entries that each program has room for: of the sample all its groups, of the table so many
+    """
+
     rows: int
-    dims: int
-    num_stages: int
-    maxnreg: int  # what a thread needs on every chip; less is taken where less will do
-    num_warps: int = 8
+    programs: int
+    tiles: int
+    visited: int
+    step: int
+    start: int
+    sample_slots: int
+    slots: int
+
+    def passes(self) -> Iterator[tuple[bool, int, int, int, int]]:
+        """(last, how many tiles, how far apart, the first, slots) of the sample and of the whole table."""
+        yield False, self.visited, self.step, self.start, self.sample_slots
+        yield True, self.tiles, 1, 0, self.slots
+
+    @property
+    def entries(self) -> int:
+        """Room for the entries of a query."""
+        return self.programs * max(self.slots, self.sample_slots)
 
 
 @dataclass(frozen=True)
@@ -38,67 +78,106 @@ class Plan:
     """Sizes that follow from shapes alone.
 
     group      rows of which the scan keeps one number; 0: no scan
-    programs   that share the tiles of the table out, of each block of queries
-    visited, step, sample_slots   the tiles of the sample, how far apart, and room for all its groups, per program
-    slots      entries of the whole table that each program has room for
+    scan       the first scan
+    rescan     the second one, or None; then every query that the first cannot serve is forced to the definition
     gathered, opened, sifted, keys   room per query for entries, groups, and (per part) rows and keys
     parts      programs per query that score by the definition
+    forced     (queries at once, parts of each) where whole tables are, after the second scan
     users      queries at a time
     """
 
     group: int
-    blocks: Blocks
-    programs: int
-    tiles: int
-    visited: int
-    step: int
-    sample_slots: int
-    slots: int
+    scan: Sweep
+    rescan: Sweep | None
     gathered: int
     opened: int
     sifted: int
     keys: int
     parts: int
+    forced: tuple[int, int]
     users: int
 
 
-def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, processors: int) -> Plan:
-    """excluded: how many rows a user may not be given, on average; processors: of the device."""
+def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, processors: int, block_q: int, block_n: int) -> Plan:
+    """excluded: how many rows a user may not be given, on average; processors: of the device; block_q, block_n: of the
+    scan, queries and rows."""
     rank = k + 2 * excluded
-    group = 64 if n_users < 64 else 16
+    group = 64 if n_users <= FEW else 16
     while group >= 8 and 8 * rank * group > n_rows:
         group //= 2
     if group < 8 or k > LARGEST_K or n_rows < FEWEST_ROWS or dim > WIDEST:
         group = 0
-    blocks = scan_blocks(n_users, dim)
-    tiles = -(-n_rows // blocks.rows)
-    per_tile = max(1, blocks.rows // max(1, group))
-    # a sample of s groups lets about rank * groups / s of all groups pass: the fewest entries where both are equal
-    visited = min(tiles, -(-max(4 * rank, math.isqrt(rank * tiles * per_tile)) // per_tile))
     here = min(n_users, USERS)
-    step = tiles // visited
-    visited = -(-tiles // step)
-    programs = max(1, min(tiles, 4 * processors // -(-here // blocks.queries)))
-    expected = -(-2 * rank * tiles // visited)  # with twice the entries that a good sample lets pass
-    slots = min(-(-tiles // programs) * per_tile, expected // programs + 4 * int((expected / programs) ** 0.5) + 8)
+    scan, most = _sweep(n_rows, rank, max(1, group), block_n, 4 * processors // -(-here // block_q), 0)
+    rescan = None
+    if group and n_rows * dim >= RESCANNED:
+        rescan, more = _sweep(n_rows, rank, group, RESCAN_ROWS, 2 * processors, 1)
+        most = max(most, more)
     parts = max(1, min(2 * processors // here, 32 if group else -(-n_rows // 2048)))
+    forced_parts = max(1, min(2 * processors, FOUND // k))
     sizes = {
-        "sample_slots": -(-visited // programs) * per_tile,
-        "slots": slots,
-        "gathered": max(2 * expected, visited * per_tile),
+        "gathered": most,
         "opened": 4 * rank + 256,
         "sifted": 2 * rank + 512,
         "keys": 2 * k + 512 * WIDER,
     }
     per_part = 16 * sizes["keys"] + 4 * sizes["sifted"]
-    entries = programs * max(sizes["slots"], sizes["sample_slots"])
+    entries = max(scan.entries, 0 if rescan is None else rescan.entries)
     per_user = 8 * (entries + sizes["gathered"]) + 4 * sizes["opened"] if group else 0
+    per_user += 0 if rescan is None else 8 * forced_parts * k
     users = max(1, min(here, BUDGET // (per_user + parts * per_part)))
-    return Plan(group, blocks, programs, tiles, visited, step, parts=parts, users=users, **sizes)
+    forced = (max(1, min(users, 2 * processors // forced_parts)), forced_parts)
+    return Plan(group, scan, rescan, parts=parts, forced=forced, users=users, **sizes)
 
 
-def scan_blocks(n_users: int, dim: int) -> Blocks:
-    dims = max(32, min(next_power_of_2(dim), 128))  # 32: the depth of the matrix units' products of int8
-    if n_users < 64:
-        return Blocks(True, max(16, next_power_of_2(n_users)), 128 * WIDER, dims, num_stages=3, maxnreg=255)
-    return Blocks(False, 128, 64 * WIDER, dims, num_stages=2, maxnreg=192)
+def _sweep(n_rows: int, rank: int, group: int, rows: int, programs: int, start: int) -> tuple[Sweep, int]:
+    """A sweep of tiles of `rows` rows by at most so many programs, and how many entries of a query are gathered.
+
+    start  0: the sample begins at the first tile; 1: half way to its second, so that another sweep sees other tiles
+    """
+    tiles = -(-n_rows // rows)
+    per_tile = max(1, rows // group)
+    # a sample of s groups lets about rank * groups / s of all groups pass: the fewest entries where both are equal
+    visited = min(tiles, -(-max(4 * rank, math.isqrt(rank * tiles * per_tile)) // per_tile))
+    step = tiles // visited
+    start = start * step // 2
+    visited = -(-(tiles - start) // step)
+    programs = max(1, min(tiles, programs))
+    expected = -(-2 * rank * tiles // visited)  # with twice the entries that a good sample lets pass
+    slots = min(-(-tiles // programs) * per_tile, expected // programs + 4 * int((expected / programs) ** 0.5) + 8)
+    sample_slots = -(-visited // programs) * per_tile
+    return Sweep(rows, programs, tiles, visited, step, start, sample_slots, slots), max(2 * expected, visited * per_tile)
+
+
+def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
+    """Blocks of the scan, the ones that should serve everywhere first; `tuning.choose` picks one.
+
+    n_users, dims  powers of two, from 1 and from 32 (the depth of the matrix units' products of int8) to 128
+    dtype          of the stored rows
+    """
+    wide = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[dtype]
+    if n_users <= FEW:
+        queries, first = max(16, n_users), True
+        tile = max(64, min(256, (16 << 10) // (dims * wide)))
+        registers = {4: 255, 8: 128 if queries == 16 else 255}  # two programs to a processor, where none spills
+        shapes = [(tile, 4 if tile == 64 else 8, stages) for stages in (4, 3)]
+        shapes += [(128, 4, 3), (128, 8, 3), (64, 4, 3)]
+    else:
+        queries, first = min(n_users, 128), False
+        registers = {4: 255, 8: 255}
+        shapes = [(64, 4 if queries == 64 else 8, 2), (128, 8, 2), (64, 4, 2)]
+    return [
+        Config(
+            {"ITEMS_FIRST": first, "BLOCK_Q": queries, "BLOCK_N": rows * WIDER, "BLOCK_D": dims},
+            num_warps=warps,
+            num_stages=stages,
+            maxnreg=registers[warps],
+            shared=_shared(queries, rows, dims, wide, stages),
+        )
+        for rows, warps, stages in dict.fromkeys(shapes)
+    ]
+
+
+def _shared(queries: int, rows: int, dims: int, wide: int, stages: int) -> int:
+    """Bytes of shared memory: the tiles on their way, and the queries or a tile of sums that changes hands."""
+    return stages * rows * dims * wide + 4 * max(queries * dims, queries * rows)

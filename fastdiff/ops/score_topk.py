@@ -13,6 +13,8 @@ rows, norms out of scale), that query is scored by the definition throughout: sl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,7 +43,7 @@ from fastdiff.ops.topk_scan import (
 )
 from fastdiff.ops.user_lists import UserLists, describe
 
-__all__ = ["SCAN_DTYPES", "ScanTable", "UserLists", "merge_topk", "score_topk", "score_topk_ref"]
+__all__ = ["SCAN_DTYPES", "ScanTable", "UserLists", "merge_topk", "score_topk", "score_topk_ref", "topk_of_rows"]
 
 
 def score_topk_ref(
@@ -97,6 +99,41 @@ score_topk = Op(
     score_topk_ref,
     {"cpu": "fastdiff.ops.cpu.score_topk:score_topk", "triton": "fastdiff.kernels.score_topk:score_topk"},
 )
+
+
+def topk_of_rows(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    item_emb: Tensor,
+    k: int,
+    rows: Tensor,
+    allowed: Tensor | None = None,
+    user_exclude: UserLists | None = None,
+    user_candidates: UserLists | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`op`, a bound `score_topk`, where only `rows` may be returned: what it gives with a mask of them, bit for bit.
+
+    rows  [C] int64 on the device of the query, each within the table; a row may stand more than once
+    The rows are gathered into a table of their own, in their order, so that ties fall as before; the other rows are
+    not read. No value is looked at, so a CUDA device is not waited for.
+    """
+    rows = rows.sort().values
+    n_rows = rows.numel()
+    padded = F.pad(rows, (0, 1), value=-1)  # a last row that is not allowed, for whatever is listed and not gathered
+    at = padded.clamp(min=0)
+    may = padded >= 0
+    may[1:] &= padded[1:] != padded[:-1]
+    if allowed is not None:
+        may &= allowed[at]
+
+    def found_in(lists: UserLists | None) -> UserLists | None:
+        if lists is None:
+            return None
+        place = torch.searchsorted(rows, lists.values)
+        return UserLists.trusted(torch.where(padded[place] == lists.values, place, n_rows), lists.offsets)
+
+    found, scores = op(query, item_emb[at], k, may, found_in(user_exclude), found_in(user_candidates))
+    return torch.where(found >= 0, padded[found.clamp(min=0)], -1), scores
 
 
 def merge_topk(rows: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
