@@ -328,7 +328,7 @@ class _Call:
 
 
 def _facts_of(scan: ScanTable) -> tuple[Tensor, Tensor]:
-    """(how many times 16 numbers behind the first each chunk begins [chunks] int64, the largest norm [1]), on the device.
+    """(how many times 16 numbers behind the first each chunk begins [chunks] int64, the largest norm [1]).
 
     A kernel that knows the 16 reads 16 bytes at a time; every tensor that torch allocates begins at a multiple of 64
     bytes at least."""

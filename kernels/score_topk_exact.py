@@ -149,13 +149,13 @@ def _raise_kernel(
             elif RESCANNED:
                 state = tl.where(too_many, OVERFLOWED, 0)
                 if not CERTIFIED:  # the floor is a score of the first scan, which no row need reach
-                    if too_many:
-                        tl.store(p_floor + i_query, LOWEST)
+                    tl.store(p_floor + i_query, tl.where(too_many, LOWEST, floor))
             else:
                 state = tl.where(too_many, FORCED, 0)
             tl.store(p_state + i_query, state)
     if LAST and RESCANNED:
-        if state == (FORCED if SECOND else OVERFLOWED):
+        left_over = state == (FORCED if SECOND else OVERFLOWED)
+        if left_over:
             tl.store(p_listed + tl.atomic_add(p_n_listed, 1), i_query.to(tl.int32))
 
 
@@ -360,7 +360,8 @@ def _exact_part(
             n = tl.to_tensor(k).to(tl.int64)
 
     if LISTED:  # by many parts, each of which adds its k best at most
-        if n > k:
+        more = n > k
+        if more:
             _cut(p_keys, n, k, BLOCK_K)
             n = tl.to_tensor(k).to(tl.int64)
     tl.debug_barrier()
@@ -370,6 +371,7 @@ def _exact_part(
             o_key = at + tl.arange(0, BLOCK_K)
             b_key = tl.load(p_keys + o_key, mask=o_key < n, other=NO_KEY)
             tl.store(p_found + i_query * found_width + place + o_key, b_key, mask=o_key < n)
+
 
 @triton.jit
 def _exact_kernel(

@@ -1,12 +1,11 @@
 """The sizes of a call of score_topk in Triton, worked out from shapes alone, and the blocks that its scan may take.
 
 Few queries are a stream: the table is read once and hardly anything computed, so what counts is how many bytes are on
-their way. An H200 reads 4.8 TB/s at a latency of some 0.7 us: 3.4 MB in flight, 26 KB for each of its 132 processors. A
-program has `num_stages - 1` tiles in flight; a tile of at least 16 KB (256 rows of int8 at D = 64, 128 rows of what is
-wider) and 3 stages make 32 KB, and two programs share a processor (8 warps of at most 128 registers, or 4 warps of 255),
-so 64 KB are asked for where 26 would do. One query over 10^7 rows has 4 programs for each processor, 528, each with its
-own share of the 40,000 tiles (a sixteenth of a per cent of the table at most is read by fewer than all); the output of a
-program, one counter and a few entries per query, is nothing beside its 1.2 MB of rows.
+their way. An H200 reads 4.8 TB/s at a latency of some 0.7 us: 3.4 MB in flight, 26 KB for each of its 132 processors.
+A tile is 16 to 32 KB (256 rows of int8 at D = 64, 128 of 16 bits, 64 of float32); with 4 stages three tiles are on
+their way while one is multiplied, so a program has 48 KB or more in flight, and two programs share a processor (8
+warps of at most 128 registers, or 4 warps). One query over 10^7 rows in int8 at D = 64 has 4 programs for each
+processor, 528, which share 39,063 tiles: 74 tiles, 1.2 MB, each; the entries that they write are nothing beside that.
 
 Many queries are a product of matrices: 128 queries stay in registers or shared memory, and rows are streamed past them.
 """
@@ -17,7 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastdiff.kernels.runtime import INTERPRETED, next_power_of_2
+from fastdiff.kernels.runtime import INTERPRETED
 from fastdiff.kernels.tuning import Config
 
 LARGEST_K = 4096
@@ -98,7 +97,9 @@ class Plan:
     users: int
 
 
-def plan(n_users: int, n_rows: int, dim: int, k: int, excluded: int, processors: int, block_q: int, block_n: int) -> Plan:
+def plan(
+    n_users: int, n_rows: int, dim: int, k: int, excluded: int, processors: int, block_q: int, block_n: int
+) -> Plan:
     """excluded: how many rows a user may not be given, on average; processors: of the device; block_q, block_n: of the
     scan, queries and rows."""
     rank = k + 2 * excluded
@@ -146,7 +147,9 @@ def _sweep(n_rows: int, rank: int, group: int, rows: int, programs: int, start: 
     expected = -(-2 * rank * tiles // visited)  # with twice the entries that a good sample lets pass
     slots = min(-(-tiles // programs) * per_tile, expected // programs + 4 * int((expected / programs) ** 0.5) + 8)
     sample_slots = -(-visited // programs) * per_tile
-    return Sweep(rows, programs, tiles, visited, step, start, sample_slots, slots), max(2 * expected, visited * per_tile)
+    return Sweep(rows, programs, tiles, visited, step, start, sample_slots, slots), max(
+        2 * expected, visited * per_tile
+    )
 
 
 def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
@@ -179,5 +182,7 @@ def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
 
 
 def _shared(queries: int, rows: int, dims: int, wide: int, stages: int) -> int:
-    """Bytes of shared memory: the tiles on their way, and the queries or a tile of sums that changes hands."""
-    return stages * rows * dims * wide + 4 * max(queries * dims, queries * rows)
+    """Bytes of shared memory, at most: the tiles on their way, one more where the matrix units read it there as it is
+    stored, and the queries or a tile of sums that changes hands."""
+    tiles = stages if wide == 2 else stages - 1
+    return tiles * rows * dims * wide + 4 * max(queries * dims, queries * rows)

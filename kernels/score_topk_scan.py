@@ -14,8 +14,8 @@ columns of the product and the rows of the table its rows, so that a tile of the
 many queries are its rows, where a group's maximum is mostly taken inside a thread.
 
 The second scan (`_rescan_kernel`) is for queries of whom the first kept too much: their scores lie closer together than
-its products tell apart, or its sample misled it. It takes float32 products of the item table itself, whose error is some
-hundred times smaller, and other tiles for its sample.
+its products tell apart, or its sample misled it. It takes float32 products of the item table itself, whose error is
+some hundred times smaller, and other tiles for its sample.
 
 Numbers of a row, of a query's entries and of the table may be more than 2^31: the rows of a tile are addressed in int32
 from the tile's first, and whatever that or a query's number is multiplied with is int64.
@@ -222,6 +222,7 @@ def _scan_tiles(
     o_dim = tl.arange(0, BLOCK_D)
     if ONE_STEP:
         b_query = _operand(p_operand, o_query, m_query, o_dim, operand_dim)
+    SCALED: tl.constexpr = STORED >= BYTES and STORED <= HALVES
     SUM: tl.constexpr = tl.int32 if STORED == BYTES else tl.float32
     N_GROUPS: tl.constexpr = BLOCK_N // GROUP
     o_row, o_group = tl.arange(0, BLOCK_N), tl.arange(0, N_GROUPS)
@@ -248,7 +249,7 @@ def _scan_tiles(
             b_slack = b_by_norm * b_norm + b_tiny
             if STORED != SINGLES:
                 b_slack += b_by_residual * tl.load(p_bound + 1, mask=m_inside, other=0.0)[None, :]
-        if STORED == BYTES or STORED == HALVES:
+        if SCALED:
             b_unit = b_scale * tl.load(p_bound + 2, mask=m_inside, other=1.0)[None, :]
         if HAS_ALLOWED:
             m_row = tl.load(p_allowed + first + b_row) != 0
@@ -272,7 +273,7 @@ def _scan_tiles(
         b_high = b_best.to(tl.float32)
         if HAS_ALLOWED:
             m_group = m_group & (b_best != none)
-        if STORED == BYTES or STORED == HALVES:
+        if SCALED:
             b_high *= b_unit
         b_low = b_high
         if CERTIFIED:
@@ -282,7 +283,8 @@ def _scan_tiles(
         b_entry = (ordered(b_low).to(tl.int64) << 32) | (first // GROUP + o_group)[None, :]
         b_slot = b_count[:, None]
         if N_GROUPS > 1:
-            b_slot += tl.cumsum(b_kept, 1) - b_kept
+            m_before = o_group[None, :, None] < o_group[None, None, :]  # a scan along so few costs more, and a stack
+            b_slot += tl.sum(tl.where(m_before, b_kept[:, :, None], 0), 1)
         tl.store(p_entry + b_slot, b_entry, mask=m_kept & (b_slot < slots))
         b_count += tl.sum(b_kept, 1)
     tl.store(p_counts + o_query * n_programs + i_program, b_count, mask=m_query)
@@ -387,7 +389,7 @@ def _rescan_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The same of the queries listed, BLOCK_Q at a time, in float32; no program has anything to do where there are none.
+    """The same of the queries listed, BLOCK_Q at a time, in float32; where there are none, every program ends at once.
 
     p_listed  int32, how many: p_n_listed [1]
     """

@@ -553,7 +553,8 @@ NAN = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
         (
             lambda: ItemCatalog(E3, scan_dtype=torch.int16),
             InvalidArgument,
-            r"scan_dtype: must be None or one of torch.float32, torch.bfloat16, torch.float16, torch.int8 \(got torch.int16\)",
+            r"scan_dtype: must be None or one of torch.float32, torch.bfloat16, torch.float16, torch.int8 "
+            r"\(got torch.int16\)",
         ),
         (
             lambda: ItemCatalog.from_table(E3, {3: "[PAD]"}),

@@ -1,7 +1,8 @@
 """The scan of score_topk: which rows can be among the k best, by a bound and in lower precision.
 
 The rows of a `ScanTable` are scanned as they are stored: e', in float32, in bfloat16, in float16, or as whole numbers
-of -127..127; the last two times a scale that 64 rows share. For a query q scanned as q', with the unit roundoff u of the scan's sums,
+of -127..127; the last two times a scale that 64 rows share. For a query q scanned as q', with the unit roundoff u of
+the scan's sums,
 
     |scanned - score| <= |q| |e - e'|  +  |q - q'| |e'|  +  gamma |q'| |e'|  +  tiny
 
@@ -71,8 +72,8 @@ class ScanTable:
                as rounded to bfloat16), the scale, nothing
     n_rows, dim
     certified  False: the scan keeps the k best by its own scores, which the definition then scores and orders: a row
-               may be missed where the scan's error (2^-9 of bfloat16, 2^-12 of float16, about 2^-7 of int8) swaps it with
-               the k-th
+               may be missed where the scan's error (2^-9 of bfloat16, 2^-12 of float16, about 2^-7 of int8) swaps it
+               with the k-th
     automatic  made without a dtype: backends may scan a copy of their own choice (see `to_scan`)
     """
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.ops import score_topk as module
 from fastdiff.ops import topk_definition, topk_scan
 from fastdiff.ops.cpu import library
-from fastdiff.ops.score_topk import ScanTable, UserLists, merge_topk, score_topk
+from fastdiff.ops.score_topk import ScanTable, UserLists, merge_topk, score_topk, topk_of_rows
 from fastdiff.ops.topk_definition import exact_scores, from_keys, topk_by_definition
 from tests.syncs import no_syncs
 
@@ -127,6 +129,16 @@ def huge(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
     return torch.randn(users, dim) * 1e20, torch.randn(items, dim) * 1e18
 
 
+def beyond_float16(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Numbers that float16 has none for without a scale, far above and far below, in blocks of their own and mixed."""
+    scale = torch.tensor([1e-30, 1e-7, 1.0, 1e6, 1e30])[torch.arange(items) // 64 % 5]
+    item_emb = torch.randn(items, dim) * scale[:, None]
+    item_emb[::7] *= torch.logspace(-12, 0, dim)
+    query = torch.randn(users, dim) * 1e-20
+    query[0] *= torch.logspace(0, 24, dim)
+    return query, item_emb
+
+
 def one_huge_row(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
     query, item_emb = gaussian(users, items, dim)
     item_emb[items // 2] *= 1e9
@@ -146,6 +158,7 @@ INPUTS: list[Make] = [
     tiny_products,
     vanishing,
     huge,
+    beyond_float16,
     one_huge_row,
 ]
 
@@ -649,23 +662,191 @@ def triton_topk(*arguments: object, **keywords: object) -> tuple[Tensor, Tensor]
     return found
 
 
+def plan_with(plan: Any, **sizes: Any) -> Any:
+    """A plan of other sizes; those of its scans by their names, with one underscore: scan_slots."""
+    for name in ("scan", "rescan"):
+        inner = {size: sizes.pop(f"{name}_{size}") for size in ("slots",) if f"{name}_{size}" in sizes}
+        if inner and getattr(plan, name) is not None:
+            sizes[name] = replace(getattr(plan, name), **inner)
+    return replace(plan, **sizes)
+
+
+@pytest.fixture(params=[False, True], ids=["one scan", "two scans"])
+def rescanned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether tables have a second scan, as large ones do."""
+    plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
+    monkeypatch.setattr(plans, "RESCANNED", 1 if request.param else 1 << 40)
+    return bool(request.param)
+
+
 @needs_triton
+@pytest.mark.usefixtures("rescanned")
 @pytest.mark.parametrize("scan_dtype", SCANS, ids=str)
 def test_triton_too_little_room_anywhere(scan_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever overflows, the answer is the same: the query, or the groups that it keeps, are scored throughout."""
+    """Whatever overflows, the answer is the same: the query is scanned again, or scored throughout."""
     kernels = pytest.importorskip("fastdiff.kernels.score_topk")
     query, item_emb = gaussian(3, 5003, 12)
     item_emb[3000:3100] = item_emb[:100]
     scan, truth, real = scan_of(item_emb.to(TRITON_DEVICE), scan_dtype), definition(query, item_emb, 9), kernels.plan
     for small in (
-        {"slots": 1},
+        {"scan_slots": 1},
+        {"scan_slots": 1, "rescan_slots": 1},
         {"gathered": 12},
         {"opened": 3},
         {"sifted": 2},
         {"keys": 9 + 128 * kernels.score_topk_plan.WIDER},
     ):
-        monkeypatch.setattr(kernels, "plan", lambda *sizes, small=small: replace(real(*sizes), **small))
+        monkeypatch.setattr(kernels, "plan", lambda *sizes, small=small: plan_with(real(*sizes), **small))
         assert_same(triton_topk(query, item_emb, 9, scan=scan), truth)
+
+
+class Overflows:
+    """How many queries the first scan kept too much of, and how many the second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kernels = pytest.importorskip("fastdiff.kernels.score_topk")
+        self.kernel, self.found = kernels._raise_kernel, {False: 0, True: 0}
+        monkeypatch.setattr(kernels, "_raise_kernel", self)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.kernel[grid](*arguments, **constants)
+            if constants["LAST"]:
+                n_listed = arguments[self.kernel.arg_names.index("p_n_listed")]
+                self.found[constants["SECOND"]] += int(n_listed[0])
+
+        return launch
+
+
+def ascending(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The best rows last, for the first user."""
+    query, item_emb = gaussian(users, items, dim)
+    return query, item_emb[(item_emb @ query[0]).argsort()]
+
+
+def descending(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    query, item_emb = ascending(users, items, dim)
+    return query, item_emb.flip(0)
+
+
+def constant(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(users, dim), torch.ones(items, dim)
+
+
+def ties_at_the_boundary(users: int, items: int, dim: int) -> tuple[Tensor, Tensor]:
+    """A few rows above thousands that are equal, the k-th among them."""
+    query, item_emb = torch.rand(users, dim) + 0.1, torch.ones(items, dim)
+    item_emb[torch.randperm(items)[:7]] += torch.rand(7, dim)
+    item_emb[torch.randperm(items)[: items // 4]] -= 0.5
+    return query, item_emb
+
+
+@needs_triton
+@pytest.mark.parametrize("scan_dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    ("make", "overflowing"),
+    [
+        (gaussian, [0, 0]),
+        (ascending, [None, 0]),  # so few tiles that all of the best rows may be of one
+        (descending, [None, 0]),
+        (clustered, [2, 0]),
+        (ties_below_bfloat16, [2, 0]),
+        (constant, [2, 2]),
+        (ties_at_the_boundary, [2, 2]),
+    ],
+)
+def test_triton_second_scan(
+    make: Make, overflowing: list[int | None], scan_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that lie closer than the first scan tells apart are told apart by the second; only ties are left over."""
+    plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
+    monkeypatch.setattr(plans, "RESCANNED", 1)
+    overflows = Overflows(monkeypatch)
+    query, item_emb = make(2, 15_001, 8)
+    scan, truth = scan_of(item_emb.to(TRITON_DEVICE), scan_dtype), definition(query, item_emb, 5)
+    assert_same(triton_topk(query, item_emb, 5, scan=scan), truth)
+    for second in (False, True):
+        assert overflowing[second] in (None, overflows.found[second])
+
+
+@needs_triton
+def test_triton_only_those_that_overflow_are_scanned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them among many queries, with lists and a mask along."""
+    plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
+    monkeypatch.setattr(plans, "RESCANNED", 1)
+    overflows = Overflows(monkeypatch)
+    query, item_emb = gaussian(40, 9001, 8)
+    item_emb[:, 0] -= 30.0
+    item_emb[1000:8000] = torch.randn(8) + 1e-4 * torch.randn(7000, 8)
+    item_emb[1000:8000, 0] = 1e-4 * torch.randn(7000)
+    query[:, 0] = 0.0
+    query[17, 0] = 1e3  # to whom these 7,000 rows are the best
+    allowed, exclude = torch.rand(9001) < 0.9, random_lists(40, 9001, 30)
+    lists = UserLists.from_lists(exclude).to(TRITON_DEVICE)
+    truth = definition(query, item_emb, 5, allowed, exclude)
+    assert_same(triton_topk(query, item_emb, 5, allowed, lists), truth)
+    assert overflows.found == {False: 1, True: 0}
+    item_emb[1000:8000] = item_emb[1000]
+    truth = definition(query, item_emb, 5, allowed, exclude)
+    assert_same(triton_topk(query, item_emb, 5, allowed, lists), truth)
+    assert overflows.found == {False: 2, True: 1}
+
+
+@needs_triton
+def test_triton_a_sample_that_misleads_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles that the first sample reads hold none of the best rows."""
+    kernels = pytest.importorskip("fastdiff.kernels.score_topk")
+    monkeypatch.setattr(kernels.score_topk_plan, "RESCANNED", 1)
+    overflows = Overflows(monkeypatch)
+    query, item_emb = torch.rand(2, 8) + 0.1, torch.rand(60_000, 8)
+    processors = kernels._processors(torch.device(TRITON_DEVICE))
+    sweep = kernels.plan(2, 60_000, 8, 5, 0, processors, 16, 128 * kernels.score_topk_plan.WIDER).scan
+    assert sweep.step > 1
+    blocks = kernels._scan_blocks(2, 8, scan_of(item_emb, torch.float32), torch.device("cpu"))
+    assert blocks.constants["BLOCK_N"] == sweep.rows or TRITON_DEVICE != "cpu"
+    item_emb[torch.arange(60_000) // sweep.rows % sweep.step == 0] -= 9.0
+    assert_same(triton_topk(query, item_emb, 5), definition(query, item_emb, 5))
+    assert overflows.found[True] == 0
+
+
+@needs_triton
+@pytest.mark.usefixtures("rescanned")
+def test_triton_grids_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many programs as some GPUs would run, on ties of every kind."""
+    kernels = pytest.importorskip("fastdiff.kernels.score_topk")
+    query, item_emb = ties_at_the_boundary(2, 9001, 8)
+    item_emb[4000:] = ties_below_bfloat16(2, 5001, 8)[1]
+    scan, truth = scan_of(item_emb.to(TRITON_DEVICE), torch.int8), definition(query, item_emb, 12)
+    for processors in (1, 3, 20):
+        monkeypatch.setattr(kernels, "_processors", lambda _, processors=processors: processors)
+        assert_same(triton_topk(query, item_emb, 12, scan=scan), truth)
+
+
+@needs_triton
+def test_triton_tables_beyond_2_to_the_31_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows so far apart that many begin beyond 2^31 numbers, in a file that is mostly hole."""
+    plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
+    monkeypatch.setattr(plans, "RESCANNED", 1)
+    copy = torch.UntypedStorage.copy_
+
+    def unless_same(storage: torch.UntypedStorage, source: torch.UntypedStorage, *rest: Any) -> torch.UntypedStorage:
+        return storage if storage.data_ptr() == source.data_ptr() else copy(storage, source, *rest)
+
+    # the interpreter copies each argument back onto itself, which would fill the file
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", unless_same)
+    n_rows, apart, dim = 2100, (1 << 21) - 64, 8
+    with (tmp_path / "table").open("wb") as file:
+        file.truncate(4 * n_rows * apart)
+    wide = torch.from_file(str(tmp_path / "table"), shared=True, size=n_rows * apart)
+    item_emb, query = wide.as_strided((n_rows, dim), (apart, 1)), torch.randn(2, dim)
+    item_emb.copy_(torch.randn(n_rows, dim))
+    scan = ScanTable.build(item_emb.contiguous())
+    scan = replace(scan, chunks=(item_emb,))
+    assert n_rows * apart > 1 << 32  # while the rows of one tile are less than 2^31 numbers apart
+    for few, candidates in ((3, None), (200, None), (3, [list(range(0, n_rows, 3))] * 2)):
+        lists = None if candidates is None else UserLists.from_lists(candidates)
+        found = score_topk.bind("triton", "cpu")(query, item_emb, few, None, None, lists, scan)
+        assert_same(found, definition(query, item_emb, few, None, None, candidates))
 
 
 @needs_triton
@@ -767,17 +948,96 @@ def test_triton_waits_for_nothing(k: int, monkeypatch: pytest.MonkeyPatch) -> No
 def test_triton_plans_are_bounded() -> None:
     plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
     for n_users in (1, 33, 64, 1000, 8192):
-        for n_rows in (1, 1000, 12_101, 10**6, 2**31 - 1):
+        for n_rows in (1, 1000, 12_101, 10**6, 10**8, 2**31 - 1):
             for k in (1, 100, 4096, 100_000):
-                sizes = plans.plan(n_users, n_rows, 64, min(k, n_rows), 50, 132)
-                assert sizes.users >= 1
-                assert sizes.keys >= min(k, n_rows) + 128
-                if sizes.group:
+                for dim in (8, 128):
+                    sizes = plans.plan(n_users, n_rows, dim, min(k, n_rows), 50, 132, 128, 64)
+                    assert sizes.users >= 1
+                    assert sizes.keys >= min(k, n_rows) + 128
+                    if not sizes.group:
+                        continue
                     assert 64 % sizes.group == 0
-                    assert sizes.blocks.rows % 64 == 0
-                    assert (sizes.visited - 1) * sizes.step < sizes.tiles
-                    per_user = 8 * (sizes.programs * max(sizes.slots, sizes.sample_slots) + sizes.gathered)
-                    assert sizes.users == 1 or sizes.users * per_user <= plans.BUDGET
+                    assert (sizes.rescan is not None) == (n_rows * dim >= plans.RESCANNED)
+                    entries = 0
+                    for sweep in (sizes.scan, sizes.rescan) if sizes.rescan else (sizes.scan,):
+                        assert sweep.rows % 64 == 0
+                        assert sweep.tiles * sweep.rows >= n_rows
+                        for _, visited, step, start, slots in sweep.passes():
+                            assert 0 <= start + (visited - 1) * step < sweep.tiles
+                            assert sweep.programs * slots <= sweep.entries
+                        assert sweep.visited * (sweep.rows // sizes.group) <= sizes.gathered
+                        entries = max(entries, sweep.entries)
+                    assert sizes.users == 1 or sizes.users * 8 * (entries + sizes.gathered) <= plans.BUDGET
+    one = plans.plan(1, 10**7, 64, 100, 0, 132, 16, 256)
+    assert one.scan.programs == 4 * 132  # a single query keeps every processor busy
+
+
+def test_triton_blocks_fit() -> None:
+    """Of every size and dtype, the first blocks into the shared memory of any GPU, the others into an A100's."""
+    plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
+    for n_users in (1, 16, 32, 64, 128, 1024):
+        for dims in (32, 64, 128):
+            for dtype in topk_scan.SCAN_DTYPES:
+                candidates = plans.scan_candidates(n_users, dims, str(dtype).removeprefix("torch."))
+                assert any(config.shared <= 99 << 10 for config in candidates)
+                for config in candidates:
+                    assert config.shared <= 163 << 10
+                    assert config.constants["BLOCK_N"] % 64 == 0
+                    assert config.constants["BLOCK_Q"] >= 16
+
+
+# --- rows of a list ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_few_rows_are_gathered(backend: str, device: str) -> None:
+    """The same bits as with a mask of the rows, in any order, more than once, and with every other restriction."""
+    query, item_emb = gaussian(3, 4001, 8)
+    item_emb[:2000] = item_emb[2000:4000]  # ties, which go to the lower row
+    op = score_topk.bind(backend, device)
+    exclude, candidates = random_lists(3, 4001, 2000), [[5, 5, 2005, 4000], list(range(4001)), []]
+    lists = UserLists.from_lists(exclude).to(device)
+    for rows in (
+        torch.randperm(4001)[:1200],
+        torch.tensor([7, 2007, 7, 4000, 0, 7]),
+        torch.tensor([], dtype=torch.int64),
+    ):
+        mask = torch.zeros(4001, dtype=torch.bool)
+        mask[rows] = True
+        allowed = torch.rand(4001) < 0.8
+        for given_allowed, given_exclude, given_candidates in (
+            (None, None, None),
+            (allowed, exclude, None),
+            (allowed, None, candidates),
+            (None, exclude, candidates),
+        ):
+            found = topk_of_rows(
+                op,
+                query.to(device),
+                item_emb.to(device),
+                20,
+                rows.to(device),
+                None if given_allowed is None else given_allowed.to(device),
+                None if given_exclude is None else lists,
+                None if given_candidates is None else UserLists.from_lists(given_candidates).to(device),
+            )
+            both = mask if given_allowed is None else mask & given_allowed
+            assert_same(found, definition(query, item_emb, 20, both, given_exclude, given_candidates))
+
+
+@needs_triton
+def test_triton_gathers_few_rows_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("fastdiff.kernels.score_topk")
+    for name in ("check_rows", "check_finite"):
+        monkeypatch.setattr(kernels, name, lambda *_: None)
+    query, item_emb = (tensor.to(TRITON_DEVICE) for tensor in gaussian(2, 3001, 8))
+    rows = torch.randperm(3001)[:500].to(TRITON_DEVICE)
+    lists = UserLists.from_lists([range(700), [3]]).to(TRITON_DEVICE)
+    op = score_topk.bind("triton", TRITON_DEVICE)
+    truth = topk_of_rows(op, query, item_emb, 5, rows, None, lists)
+    with no_syncs():
+        again = topk_of_rows(op, query, item_emb, 5, rows, None, lists)
+    assert_same(again, truth)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
