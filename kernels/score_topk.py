@@ -33,9 +33,11 @@ from fastdiff.kernels import score_topk_plan
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import INTERPRETED, next_power_of_2
 from fastdiff.kernels.score_topk_cases import REGISTERS, all_cases
-from fastdiff.kernels.score_topk_exact import NO_KEY, _exact_kernel, _order_kernel, _raise_kernel
+from fastdiff.kernels.score_topk_exact import _exact_kernel, _order_kernel
 from fastdiff.kernels.score_topk_plan import Plan, Sweep, plan, scan_candidates
-from fastdiff.kernels.score_topk_scan import FACTORS, NOT_FINITE, _prepare_kernel, _rescan_kernel, _scan_kernel
+from fastdiff.kernels.score_topk_queries import FACTORS, NOT_FINITE, _prepare_kernel
+from fastdiff.kernels.score_topk_scan import _rescan_kernel, _scan_kernel
+from fastdiff.kernels.score_topk_select import NO_KEY, _raise_kernel
 from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 from fastdiff.ops import topk_scan
 from fastdiff.ops.score_topk import check_finite, check_rows, check_topk
@@ -71,11 +73,15 @@ def score_topk(
         return rows.fill_(-1), scores.fill_(-torch.inf)
     query = query.contiguous()
     items = item_emb if item_emb.stride(1) == 1 or dim == 1 else item_emb.contiguous()
-    scan = ScanTable.build(item_emb) if scan is None else scan.to_scan(item_emb)
     excluded = 0 if user_exclude is None else -(-user_exclude.values.numel() // n_users)
-    blocks = _scan_blocks(n_users, dim, scan, device)
+    dtype = torch.float32 if scan is None else torch.int8 if scan.automatic else scan.dtype
+    blocks = _scan_blocks(n_users, dim, dtype, device)
     queries, rows_of_tile = blocks.constants["BLOCK_Q"], blocks.constants["BLOCK_N"]
     sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, _processors(device), queries, rows_of_tile)
+    if not sizes.group or user_candidates is not None:
+        scan = None  # nothing is scanned
+    else:
+        scan = ScanTable.build(item_emb) if scan is None else scan.to_scan(item_emb)
     call = _Call(items, scan, allowed, user_exclude, user_candidates, n_users, sizes, blocks)
     for lo in range(0, n_users, sizes.users):
         part = slice(lo, min(lo + sizes.users, n_users))
@@ -89,7 +95,7 @@ class _Call:
     def __init__(
         self,
         items: Tensor,
-        scan: ScanTable,
+        scan: ScanTable | None,
         allowed: Tensor | None,
         exclude: UserLists | None,
         candidates: UserLists | None,
@@ -97,8 +103,8 @@ class _Call:
         sizes: Plan,
         blocks: Config,
     ) -> None:
-        self.items, self.scan, self.plan, self.blocks, self.device = items, scan, sizes, blocks, items.device
-        self.scanned = bool(sizes.group) and candidates is None
+        self.items, self.plan, self.blocks, self.device = items, sizes, blocks, items.device
+        self.scanned = scan is not None
         self.sorted_exclude = exclude is not None and exclude.values.numel() > 512 * n_users
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         self.allowed = nothing if allowed is None else allowed.contiguous().view(torch.uint8)
@@ -113,8 +119,12 @@ class _Call:
             )
         self.flags = {"HAS_ALLOWED": allowed is not None, "HAS_EXCLUDE": exclude is not None}
         self.has_candidates = candidates is not None
-        self.stored = STORED[scan.dtype]
-        self.offsets, self.max_norm = _table_facts.get(scan, _facts_of)
+        if scan is None:  # then only the types of what is passed are of interest
+            scan = ScanTable(torch.float32, (items,), items, *items.shape)
+            self.offsets, self.max_norm = nothing, items
+        else:
+            self.offsets, self.max_norm = _table_facts.get(scan, _facts_of)
+        self.scan, self.stored = scan, STORED[scan.dtype]
 
     def answer(self, query: Tensor, first: int, out_rows: Tensor, out_scores: Tensor) -> None:
         """Of a slice of the queries, from number `first` on."""
@@ -348,9 +358,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _scan_blocks(n_users: int, dim: int, scan: ScanTable, device: torch.device) -> Config:
+def _scan_blocks(n_users: int, dim: int, dtype: torch.dtype, device: torch.device) -> Config:
     dims = min(next_power_of_2(max(dim, 32)), 128)
-    key = (bucket(n_users, most=1024), dims, str(scan.dtype).removeprefix("torch."))
+    key = (bucket(n_users, most=1024), dims, str(dtype).removeprefix("torch."))
     return choose("score_topk", key, scan_candidates, device)
 
 

@@ -8,9 +8,11 @@ import torch
 
 from fastdiff.kernels import score_topk_plan
 from fastdiff.kernels.precompile import Case
-from fastdiff.kernels.score_topk_exact import _exact_kernel, _order_kernel, _raise_kernel
+from fastdiff.kernels.score_topk_exact import _exact_kernel, _order_kernel
 from fastdiff.kernels.score_topk_plan import scan_candidates
-from fastdiff.kernels.score_topk_scan import _prepare_kernel, _rescan_kernel, _scan_kernel
+from fastdiff.kernels.score_topk_queries import _prepare_kernel
+from fastdiff.kernels.score_topk_scan import _rescan_kernel, _scan_kernel
+from fastdiff.kernels.score_topk_select import _raise_kernel
 from fastdiff.ops import topk_scan
 from fastdiff.ops.topk_scan import STORED
 
