@@ -25,7 +25,7 @@ COLOURS = {
     "fastdiff": "#d62728",
     "fastdiff-compiled": "#f7b6b7",
     "fastdiff-bf16-scan": "#ff7f0e",
-    "fastdiff-fp16-scan": "#c49c94",
+    "fastdiff-fp16-scan": "#aec7e8",
     "fastdiff-int8-scan": "#2ca02c",
     "fastdiff-bf16-uncertified": "#ffbb78",
     "fastdiff-int8-uncertified": "#98df8a",

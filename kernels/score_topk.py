@@ -47,7 +47,7 @@ from fastdiff.ops.user_lists import UserLists
 from fastdiff.per_object import PerObject
 
 ORDERED = 1 << 14
-"""Up to this k, keys are ordered by counting; beyond it by torch.sort."""
+"""Up to so many keys are ordered by counting, each by how many are above it; more by torch.sort."""
 
 _table_facts: PerObject[tuple[Tensor, Tensor]] = PerObject()
 
@@ -77,7 +77,9 @@ def score_topk(
     dtype = torch.float32 if scan is None else torch.int8 if scan.automatic else scan.dtype
     blocks = _scan_blocks(n_users, dim, dtype, device)
     queries, rows_of_tile = blocks.constants["BLOCK_Q"], blocks.constants["BLOCK_N"]
-    sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, _processors(device), queries, rows_of_tile)
+    listed = None if user_candidates is None else user_candidates.values.numel()
+    processors = _processors(device)
+    sizes = plan(n_users, n_rows, dim, min(k, n_rows), excluded, processors, queries, rows_of_tile, listed)
     if not sizes.group or user_candidates is not None:
         scan = None  # nothing is scanned
     else:
@@ -119,6 +121,7 @@ class _Call:
             )
         self.flags = {"HAS_ALLOWED": allowed is not None, "HAS_EXCLUDE": exclude is not None}
         self.has_candidates = candidates is not None
+        self.most = len(items) if candidates is None else candidates.values.numel()  # keys of a query
         if scan is None:  # then only the types of what is passed are of interest
             scan = ScanTable(torch.float32, (items,), items, *items.shape)
             self.offsets, self.max_norm = nothing, items
@@ -193,7 +196,8 @@ class _Call:
                 )
         width = max(n_parts * sizes.keys, sizes.forced[1] * kept if rescanned else 0)
         found = self._empty(n, width, dtype=torch.int64)
-        if k > ORDERED:
+        sort = k > ORDERED or (not self.scanned and min(width, self.most) > ORDERED)
+        if sort:
             found.fill_(NO_KEY.value)
         for of_list in (False, True) if rescanned else (False,):
             grid = sizes.forced if of_list else (n, n_parts)
@@ -239,7 +243,7 @@ class _Call:
                 maxnreg=REGISTERS,
                 **self.flags,
             )
-        if k > ORDERED:
+        if sort:
             best = found.sort(dim=1, descending=True).values[:, :kept]
             rows, scores = from_keys(torch.nn.functional.pad(best, (0, k - kept), value=NO_KEY.value))
             out_rows.copy_(rows)

@@ -32,7 +32,8 @@ BUDGET = 256 << 20
 USERS = 2048
 """Queries of a slice at most."""
 FOUND = 4096
-"""Keys of a query, or k, that there is room for where it is forced to the definition, in parts with k keys each."""
+"""Keys of a query, or k, that there is room for where it is forced to the definition, in parts with k keys each; of few
+queries eight times that, so that one of them can have all processors."""
 FEW = 32
 """Up to so many queries are the columns of the product."""
 WIDER = 8 if INTERPRETED else 1
@@ -98,10 +99,18 @@ class Plan:
 
 
 def plan(
-    n_users: int, n_rows: int, dim: int, k: int, excluded: int, processors: int, block_q: int, block_n: int
+    n_users: int,
+    n_rows: int,
+    dim: int,
+    k: int,
+    excluded: int,
+    processors: int,
+    block_q: int,
+    block_n: int,
+    listed: int | None = None,
 ) -> Plan:
     """excluded: how many rows a user may not be given, on average; processors: of the device; block_q, block_n: of the
-    scan, queries and rows."""
+    scan, queries and rows; listed: how many candidates all users have together, or None."""
     rank = k + 2 * excluded
     group = 64 if n_users <= FEW else 16
     while group >= 8 and 8 * rank * group > n_rows:
@@ -114,8 +123,7 @@ def plan(
     if group and n_rows * dim >= RESCANNED:
         rescan, more = _sweep(n_rows, rank, group, RESCAN_ROWS, 2 * processors, 1)
         most = max(most, more)
-    parts = max(1, min(2 * processors // here, 32 if group else -(-n_rows // 2048)))
-    forced_parts = max(1, min(2 * processors, FOUND // k))
+    forced_parts = max(1, min(2 * processors, FOUND * (8 if here <= 8 else 1) // k))
     sizes = {
         "gathered": most,
         "opened": 4 * rank + 256,
@@ -123,6 +131,8 @@ def plan(
         "keys": 2 * k + 512 * WIDER,
     }
     per_part = 16 * sizes["keys"] + 4 * sizes["sifted"]
+    enough = -(-listed // 256) if listed is not None else 32 if group else -(-n_rows // 2048)
+    parts = max(1, min(2 * processors // here, enough, BUDGET // per_part))
     entries = max(scan.entries, 0 if rescan is None else rescan.entries)
     per_user = 8 * (entries + sizes["gathered"]) + 4 * sizes["opened"] if group else 0
     per_user += 0 if rescan is None else 8 * forced_parts * k

@@ -321,16 +321,32 @@ def test_filters_intersect(data: st.DataObject) -> None:
             may[user, user_exclude[user]] = False
         if user_candidates is not None:
             may[user] &= torch.isin(rows, torch.tensor(user_candidates[user]))
-    found = catalog.topk(
-        query,
-        k,
-        exclude_rows=None if exclude is None else torch.tensor(exclude, dtype=torch.int64),
-        candidate_rows=None if candidates is None else torch.tensor(candidates, dtype=torch.int64),
-        user_exclude=None if user_exclude is None else UserLists.from_lists(user_exclude),
-        user_candidates=None if user_candidates is None else UserLists.from_lists(user_candidates),
-    )
+    given_filters = {
+        "exclude_rows": None if exclude is None else torch.tensor(exclude, dtype=torch.int64),
+        "candidate_rows": None if candidates is None else torch.tensor(candidates, dtype=torch.int64),
+        "user_exclude": None if user_exclude is None else UserLists.from_lists(user_exclude),
+        "user_candidates": None if user_candidates is None else UserLists.from_lists(user_candidates),
+    }
+    found = catalog.topk(query, k, **given_filters)
     assert found.rows.tolist() == by_hand(query @ catalog.table.T, may, k)
     assert found.num_valid.tolist() == may.sum(1).clamp(max=k).tolist()
+    with pytest.MonkeyPatch.context() as patch:  # as for few candidates of a large catalogue on a GPU
+        patch.setattr(ItemCatalog, "_worth_gathering", lambda *_: True)
+        gathered = catalog.topk(query, k, **given_filters)
+    assert torch.equal(gathered.rows, found.rows)
+    assert torch.equal(gathered.scores, found.scores)
+
+
+def test_few_candidates_are_gathered_where_a_gpu_scans_long() -> None:
+    catalog = make("row")
+    assert not catalog._worth_gathering(0)  # the C++ engine reads them where they lie
+    for n_rows, n_candidates, worth in (
+        (1 << 22, 1 << 16, True),
+        (1 << 22, (1 << 16) + 1, False),
+        (1 << 20, 10, False),
+    ):
+        catalog.n_rows, catalog.dim, catalog.device = n_rows, 64, torch.device("cuda")
+        assert catalog._worth_gathering(n_candidates) is worth
 
 
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
