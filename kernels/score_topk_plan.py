@@ -172,13 +172,17 @@ def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
     if n_users <= FEW:
         queries, first = max(16, n_users), True
         tile = max(64, min(256, (16 << 10) // (dims * wide)))
-        registers = {4: 255, 8: 128 if queries == 16 else 255}  # two programs to a processor, where none spills
-        shapes = [(tile, 4 if tile == 64 else 8, stages) for stages in (4, 3)]
-        shapes += [(128, 4, 3), (128, 8, 3), (64, 4, 3)]
+        # with 16 queries two programs share a processor; with more, 4 warps would spill
+        if queries == 16:
+            warps, registers = (4 if tile == 64 or wide == 2 else 8), {4: 255, 8: 255 if wide == 2 else 128}
+            shapes = [(tile, warps, 4), (tile, warps, 3), (128, 4, 3), (128, 8, 3), (64, 4, 3)]
+        else:
+            registers = {8: 255}
+            shapes = [(tile, 8, 4), (tile, 8, 3), (128, 8, 3), (64, 8, 3)]
     else:
         queries, first = min(n_users, 128), False
-        registers = {4: 255, 8: 255}
-        shapes = [(64, 4 if queries == 64 else 8, 2), (128, 8, 2), (64, 4, 2)]
+        registers = {8: 255}
+        shapes = [(64, 8, 2), (128, 8, 2)]
     return [
         Config(
             {"ITEMS_FIRST": first, "BLOCK_Q": queries, "BLOCK_N": rows * WIDER, "BLOCK_D": dims},

@@ -775,18 +775,18 @@ def test_triton_only_those_that_overflow_are_scanned_again(monkeypatch: pytest.M
     plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
     monkeypatch.setattr(plans, "RESCANNED", 1)
     overflows = Overflows(monkeypatch)
-    query, item_emb = gaussian(40, 9001, 8)
+    query, item_emb = gaussian(6, 5001, 8)
     item_emb[:, 0] -= 30.0
-    item_emb[1000:8000] = torch.randn(8) + 1e-4 * torch.randn(7000, 8)
-    item_emb[1000:8000, 0] = 1e-4 * torch.randn(7000)
-    query[:, 0] = 0.0
-    query[17, 0] = 1e3  # to whom these 7,000 rows are the best
-    allowed, exclude = torch.rand(9001) < 0.9, random_lists(40, 9001, 30)
+    item_emb[500:4500] = 0.0
+    item_emb[500:4500, 1] = 3.01 + 1e-4 * torch.randn(4000)
+    query[:, :2] = 0.0
+    query[3, :2] = 1e3  # to whom these 4,000 rows are the best, by hardly different scores
+    allowed, exclude = torch.rand(5001) < 0.9, random_lists(6, 5001, 30)
     lists = UserLists.from_lists(exclude).to(TRITON_DEVICE)
     truth = definition(query, item_emb, 5, allowed, exclude)
     assert_same(triton_topk(query, item_emb, 5, allowed, lists), truth)
     assert overflows.found == {False: 1, True: 0}
-    item_emb[1000:8000] = item_emb[1000]
+    item_emb[500:4500] = item_emb[500]
     truth = definition(query, item_emb, 5, allowed, exclude)
     assert_same(triton_topk(query, item_emb, 5, allowed, lists), truth)
     assert overflows.found == {False: 2, True: 1}
