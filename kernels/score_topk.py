@@ -371,7 +371,7 @@ def _scan_blocks(n_users: int, dim: int, dtype: torch.dtype, device: torch.devic
 def tuning_problems(device: torch.device) -> Iterator[Problem]:
     """What `python -m fastdiff.kernels.tuning` times."""
     for dims in (64, 128):
-        n_rows = 1_000_000 if device.type == "cuda" else 2_000  # interpreted, only the choice can be looked at
+        n_rows = 1_000_000 if device.type == "cuda" else 256  # interpreted, only the choice can be looked at
         item_emb = torch.randn(n_rows, dims, device=device)
         for dtype in topk_scan.SCAN_DTYPES:
             scan, name = ScanTable.build(item_emb, dtype), str(dtype).removeprefix("torch.")

@@ -174,7 +174,7 @@ def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
         tile = max(64, min(256, (16 << 10) // (dims * wide)))
         # with 16 queries two programs share a processor; with more, 4 warps would spill
         if queries == 16:
-            warps, registers = (4 if tile == 64 or wide == 2 else 8), {4: 255, 8: 255 if wide == 2 else 128}
+            warps, registers = (4 if tile == 64 or wide == 2 else 8), {4: 255, 8: 128 if wide == 1 else 255}
             shapes = [(tile, warps, 4), (tile, warps, 3), (128, 4, 3), (128, 8, 3), (64, 4, 3)]
         else:
             registers = {8: 255}
@@ -182,7 +182,7 @@ def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
     else:
         queries, first = min(n_users, 128), False
         registers = {8: 255}
-        shapes = [(64, 8, 2), (128, 8, 2)]
+        shapes = [(64, 8, 2), (64, 8, 3) if queries == 128 else (128, 8, 2)]
     return [
         Config(
             {"ITEMS_FIRST": first, "BLOCK_Q": queries, "BLOCK_N": rows * WIDER, "BLOCK_D": dims},
