@@ -852,6 +852,7 @@ def test_triton_tables_beyond_2_to_the_31_numbers(tmp_path: Path, monkeypatch: p
 def test_triton_queries_in_slices_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks as on a GPU, queries a few at a time, lists along; more queries than one block holds."""
     plans = pytest.importorskip("fastdiff.kernels.score_topk_plan")
+    tuning = pytest.importorskip("fastdiff.kernels.tuning")
     query, item_emb = gaussian(5, 3001, 12)
     exclude = random_lists(5, 3001, 40)
     truth = definition(query, item_emb, 9, None, exclude)
@@ -859,6 +860,7 @@ def test_triton_queries_in_slices_and_blocks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(plans, "USERS", 2)
     assert_same(triton_topk(query, item_emb, 9, None, lists), truth)
     monkeypatch.setattr(plans, "WIDER", 1)
+    monkeypatch.setattr(tuning, "_chosen", {})
     assert_same(triton_topk(query, item_emb, 9, None, lists), truth)
     monkeypatch.undo()
     scan = scan_of(item_emb.to(TRITON_DEVICE), torch.int8)
