@@ -27,6 +27,7 @@ def _material(kind: str) -> Path | None:
 def _quiet_and_seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(42)
+    torch.set_float32_matmul_precision("highest")  # no TF32: tolerances are those of float32
 
 
 @pytest.fixture(scope="session")

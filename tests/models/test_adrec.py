@@ -18,6 +18,7 @@ from fastdiff.models.base import Histories
 from fastdiff.noise import GivenNoise
 from fastdiff.plan import StepPlan
 from fastdiff.schedule import ScheduleConfig
+from tests.devices import GPU, place_all, places
 from tests.tolerances import AGREE, FLOOR, GOLDEN, assert_agree, relative_error
 
 FAMILIES = {"cosine": "cosine_alpha_bar"}
@@ -25,7 +26,7 @@ FAMILIES = {"cosine": "cosine_alpha_bar"}
 SHORTEST_CHAIN = {"linear": 20, "pw_lin": 20}
 """Below these T their betas leave (0, 1]."""
 DECODERS = {"att": "attention", "mlp": "mlp"}
-BACKENDS = [name for name in ("torch", "cpu") if all(op.why_not(name, "cpu") is None for op in ADRec.ops)]
+PLACES = [place for place in places(*ADRec.ops) if place != "triton" or GPU]  # minutes, where it is interpreted
 NOT_OF = {
     "att": ("row_linear", "denoise_mlp_loop"),
     "mlp": ("prepare_causal_prefix", "denoise_attention_loop"),
@@ -43,7 +44,7 @@ def schedule_of(args: Any) -> ScheduleConfig:
     return ScheduleConfig(family, args.diffusion_steps, beta_a=args.beta_a, beta_b=args.beta_b, **ends)
 
 
-def ours_of(published: PublishedADRec, backend: str = "torch", **layers: int) -> ADRec:
+def ours_of(published: PublishedADRec, place: str = "torch", **layers: int) -> ADRec:
     """Our model on the weights and settings of a published one."""
     args = published.args
     config = ADRecConfig(
@@ -59,8 +60,8 @@ def ours_of(published: PublishedADRec, backend: str = "torch", **layers: int) ->
     )
     weights = {name: value.detach() for name, value in published.state_dict().items()}
     dtype = weights[ADRec.item_table_key].dtype
-    ops = [op for op in ADRec.ops if op.name not in NOT_OF[args.dif_decoder]]
-    return ADRec(config, weights, {op.name: op.bind(backend, "cpu", dtype) for op in ops})
+    ops = tuple(op for op in ADRec.ops if op.name not in NOT_OF[args.dif_decoder])
+    return ADRec(config, weights, place_all(ops, place, dtype))
 
 
 def make_published(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) -> PublishedADRec:
@@ -116,18 +117,16 @@ def run(
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     ("name", "weights_of"),
     [("adrec_ml100k", None), ("adrec_ml100k_cfg", "adrec_ml100k"), ("adrec_mlp_decoder", None)],
 )
-def test_recorded_outputs(
-    golden: Callable[..., dict[str, Any]], name: str, weights_of: str | None, backend: str
-) -> None:
+def test_recorded_outputs(golden: Callable[..., dict[str, Any]], name: str, weights_of: str | None, place: str) -> None:
     record = golden(name, weights_of)
     published = PublishedADRec(record["args"])
     published.load_state_dict(record["weights"])
-    model = ours_of(published, backend)
+    model = ours_of(published, place)
     histories = unpadded(record["history"])
 
     theirs = published(record["history"], record["noise"])
@@ -172,10 +171,10 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def check_against_published(case: dict[str, Any], backend: str) -> None:
+def check_against_published(case: dict[str, Any], place: str) -> None:
     settings = {name: value for name, value in case.items() if name != "lengths"}
     published = make_published(**settings)
-    model = ours_of(published, backend)
+    model = ours_of(published, place)
     histories = random_histories(case["lengths"], case["item_num"], case["seed"])
     noise = random_noise(model, histories.batch_size, model.plan("ddpm"), case["seed"])
     ours = run(model, histories, noise, guidance=float(case["cfg_scale"]))
@@ -189,10 +188,10 @@ def check_against_published(case: dict[str, Any], backend: str) -> None:
     assert relative_error(ours, truth) <= 2 * relative_error(theirs, truth) + FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "triton"])  # each draw compiles kernels
 @given(case=cases())
-def test_equals_published(backend: str, case: dict[str, Any]) -> None:
-    check_against_published(case, backend)
+def test_equals_published(place: str, case: dict[str, Any]) -> None:
+    check_against_published(case, place)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="the schedule 'beta' needs scipy")
@@ -266,35 +265,34 @@ def test_items_added_later_are_known_to_histories() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decoder", "backend"),
+    ("decoder", "place"),
     [
-        (decoder, backend)
+        (decoder, place)
         for decoder, unused in NOT_OF.items()
-        for backend in ("torch", "cpu", "triton")
-        if all(op.why_not(backend, "cpu") is None for op in ADRec.ops if op.name not in unused)
+        for place in places(*(op for op in ADRec.ops if op.name not in unused))
     ],
 )
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 class TestLaws:
     lengths = (3, 0, 6, 1, 5, 0)
 
-    def setting(self, decoder: str, backend: str) -> tuple[ADRec, Histories]:
-        return ours_of(make_published(dif_decoder=decoder), backend), random_histories(list(self.lengths), 11)
+    def setting(self, decoder: str, place: str) -> tuple[ADRec, Histories]:
+        return ours_of(make_published(dif_decoder=decoder), place), random_histories(list(self.lengths), 11)
 
-    def test_a_row_does_not_depend_on_its_batch(self, decoder: str, guidance: float, backend: str) -> None:
-        model, histories = self.setting(decoder, backend)
+    def test_a_row_does_not_depend_on_its_batch(self, decoder: str, guidance: float, place: str) -> None:
+        model, histories = self.setting(decoder, place)
         noise = random_noise(model, len(self.lengths), model.plan("ddpm"))
         together = run(model, histories, noise, guidance=guidance)
         for row, length in enumerate(self.lengths):
             alone = Histories(histories.items[row : row + 1, :length], histories.lengths[row : row + 1])
             x_0 = run(model, alone, noise[:, row : row + 1], guidance=guidance)
-            if backend == "cpu":
+            if place == "cpu":
                 assert torch.equal(x_0, together[row : row + 1])
             else:
                 assert_agree(x_0, together[row : row + 1], torch.float32)
 
-    def test_what_stands_beyond_a_history_does_not_matter(self, decoder: str, guidance: float, backend: str) -> None:
-        model, histories = self.setting(decoder, backend)
+    def test_what_stands_beyond_a_history_does_not_matter(self, decoder: str, guidance: float, place: str) -> None:
+        model, histories = self.setting(decoder, place)
         noise = random_noise(model, len(self.lengths), model.plan("ddpm"))
         inside = torch.arange(9) < histories.lengths.unsqueeze(1)
         wider = torch.cat([histories.items, histories.items.new_zeros(len(self.lengths), 3)], dim=1)
@@ -305,18 +303,18 @@ class TestLaws:
             torch.float32,
         )
 
-    def test_step_by_step_equals_the_loop(self, decoder: str, guidance: float, backend: str) -> None:
-        model, histories = self.setting(decoder, backend)
+    def test_step_by_step_equals_the_loop(self, decoder: str, guidance: float, place: str) -> None:
+        model, histories = self.setting(decoder, place)
         plan = model.plan("ddpm")
         noise = random_noise(model, len(self.lengths), plan)
         state = model.prepare(model.encode(histories, model.item_table), plan, guidance)
         seen: list[tuple[int, int]] = []
         stepped = model.sample(state, plan, GivenNoise(noise), lambda i, t, x: seen.append((i, t)))
-        same_or_close(backend, model.sample(state, plan, GivenNoise(noise)), stepped)
+        same_or_close(place, model.sample(state, plan, GivenNoise(noise)), stepped)
         assert seen == [(0, 4), (1, 3), (2, 2), (3, 1), (4, 0)]
 
-    def test_samples_of_a_user_are_separate_runs(self, decoder: str, guidance: float, backend: str) -> None:
-        model, histories = self.setting(decoder, backend)
+    def test_samples_of_a_user_are_separate_runs(self, decoder: str, guidance: float, place: str) -> None:
+        model, histories = self.setting(decoder, place)
         users, samples = len(self.lengths), 3
         noise = random_noise(model, users * samples, model.plan("ddpm"))
         together = run(model, histories, noise, guidance=guidance).view(users, samples, -1)
@@ -324,22 +322,22 @@ class TestLaws:
             own = noise.view(noise.shape[0], users, samples, -1)[:, :, sample]
             assert_agree(together[:, sample], run(model, histories, own, guidance=guidance), torch.float32)
 
-    def test_a_batch_of_nobody(self, decoder: str, guidance: float, backend: str) -> None:
-        model, _ = self.setting(decoder, backend)
+    def test_a_batch_of_nobody(self, decoder: str, guidance: float, place: str) -> None:
+        model, _ = self.setting(decoder, place)
         nobody = Histories(torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
         assert run(model, nobody, random_noise(model, 0, model.plan("ddpm")), guidance=guidance).shape == (0, 16)
 
-    def test_one_step_is_one_call_of_the_denoiser(self, decoder: str, guidance: float, backend: str) -> None:
-        model, histories = self.setting(decoder, backend)
+    def test_one_step_is_one_call_of_the_denoiser(self, decoder: str, guidance: float, place: str) -> None:
+        model, histories = self.setting(decoder, place)
         plan = model.plan("one_step")
         noise = random_noise(model, len(self.lengths), plan)
         state = model.prepare(model.encode(histories, model.item_table), plan, guidance)
-        same_or_close(backend, model.sample(state, plan, GivenNoise(noise)), model.denoise(noise[0], 0, state))
+        same_or_close(place, model.sample(state, plan, GivenNoise(noise)), model.denoise(noise[0], 0, state))
 
 
-def same_or_close(backend: str, loop: Tensor, stepped: Tensor) -> None:
+def same_or_close(place: str, loop: Tensor, stepped: Tensor) -> None:
     """A step alone runs in plain PyTorch, whatever the loop's backend."""
-    if backend == "torch":
+    if place == "torch":
         assert torch.equal(loop, stepped)
     else:
         assert_agree(loop, stepped, torch.float32)

@@ -17,12 +17,11 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.models.cddrec import CDDRec
 from fastdiff.noise import GivenNoise
-from fastdiff.ops.backend import BoundOp
-from fastdiff.ops.decode_context import decode_context
 from fastdiff.schedule import ScheduleConfig
+from tests.devices import GPU, place_all, places
 from tests.tolerances import AGREE, FLOOR, GOLDEN, relative_error
 
-BACKENDS = decode_context.available("cpu")
+PLACES = places(*CDDRec.ops)
 
 
 class RecordedDraws:
@@ -89,12 +88,8 @@ def drawn_model(dtype: torch.dtype, seed: int, **sizes: Any) -> CDDRecModel:
     return model.to(dtype)
 
 
-def bound(backend: str) -> dict[str, BoundOp]:
-    return {op.name: op.bind(backend, "cpu") for op in CDDRec.ops}
-
-
-def restructured(published: CDDRecModel, batch_coupling: str = "published", backend: str = "torch") -> CDDRec:
-    bindings = bound(backend) if backend != "torch" else None
+def restructured(published: CDDRecModel, batch_coupling: str = "published", place: str = "torch") -> CDDRec:
+    bindings = place_all(CDDRec.ops, place) if place != "torch" else None
     return CDDRec(config_of(published.args, batch_coupling), dict(published.state_dict()), bindings)
 
 
@@ -134,21 +129,21 @@ def test_the_published_code_gives_the_recorded_outputs(office: dict[str, Any]) -
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_coupled_batch_gives_the_recorded_outputs(office: dict[str, Any], backend: str) -> None:
-    model = CDDRec(config_of(office["args"]), office["weights"], bound(backend))
+@pytest.mark.parametrize("place", PLACES)
+def test_a_coupled_batch_gives_the_recorded_outputs(office: dict[str, Any], place: str) -> None:
+    model = CDDRec(config_of(office["args"]), office["weights"], place_all(CDDRec.ops, place))
     x_0 = run(model, left_aligned(office["history"]), office["noise"])
     assert relative_error(x_0, office["x0"]) <= GOLDEN
     assert_published_rankings(x_0, office)
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_users_alone_give_the_recorded_outputs(office: dict[str, Any], backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_users_alone_give_the_recorded_outputs(office: dict[str, Any], place: str) -> None:
     histories, noise = left_aligned(office["history"]), office["noise_one_by_one"]
-    uncoupled = CDDRec(config_of(office["args"], "none"), office["weights"], bound(backend))
+    uncoupled = CDDRec(config_of(office["args"], "none"), office["weights"], place_all(CDDRec.ops, place))
     assert relative_error(run(uncoupled, histories, noise), office["x0_one_by_one"]) <= GOLDEN
-    coupled = CDDRec(config_of(office["args"]), office["weights"], bound(backend))
+    coupled = CDDRec(config_of(office["args"]), office["weights"], place_all(CDDRec.ops, place))
     singles = [
         run(coupled, Histories(histories.items[i : i + 1], histories.lengths[i : i + 1]), noise[:, i : i + 1])
         for i in range(histories.batch_size)
@@ -180,17 +175,22 @@ def padded_batches(draw: st.DrawFn, slots: int, n_items: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("torch", torch.float64), *((name, torch.float32) for name in BACKENDS)], ids=str
+    ("place", "dtype"),
+    [
+        ("torch", torch.float64),
+        *((place, torch.float32) for place in PLACES if place != "triton" or not GPU),  # each draw compiles kernels
+    ],
+    ids=str,
 )
 @given(data=st.data(), sizes=SIZES, seed=st.integers(0, 1000))
 def test_the_restructured_model_equals_the_published_one(
-    backend: str, dtype: torch.dtype, data: st.DataObject, sizes: dict[str, Any], seed: int
+    place: str, dtype: torch.dtype, data: st.DataObject, sizes: dict[str, Any], seed: int
 ) -> None:
     published = drawn_model(dtype, seed, **sizes)
     padded = data.draw(padded_batches(sizes["max_seq_length"], published.args.item_size - 2))
     noise = torch.randn(2, padded.shape[0], sizes["hidden_size"], dtype=dtype)
     theirs = published.inference(padded, RecordedDraws(noise))[:, -1]
-    ours = run(restructured(published, backend=backend), left_aligned(padded), noise)
+    ours = run(restructured(published, place=place), left_aligned(padded), noise)
     if dtype == torch.float64:
         assert relative_error(ours, theirs) <= AGREE[dtype]
         return

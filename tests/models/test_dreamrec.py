@@ -16,6 +16,7 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.models.base import Histories
 from fastdiff.models.dreamrec import DreamRec
 from fastdiff.noise import GivenNoise
+from tests.devices import GPU, place_all, places
 from tests.tolerances import FLOOR, GOLDEN, assert_agree, relative_error
 
 BASE = DreamRecConfig(
@@ -68,7 +69,8 @@ def run(model: DreamRec, histories: Histories, noise: Tensor, guidance: float = 
 
 
 @pytest.mark.golden
-def test_equals_what_the_authors_code_returned(golden):
+@pytest.mark.parametrize("place", [place for place in places(*DreamRec.ops) if place != "triton" or GPU])  # T = 500
+def test_equals_what_the_authors_code_returned(golden, place):
     record = golden("dreamrec_zhihu")
     args = record["args"]
     config = DreamRecConfig(
@@ -80,7 +82,7 @@ def test_equals_what_the_authors_code_returned(golden):
     )
     unused = DreamRec.unused_weights()
     weights = {name: value for name, value in record["weights"].items() if not name.startswith(unused)}
-    model = DreamRec(config, weights)
+    model = DreamRec(config, weights, place_all(DreamRec.ops, place))
     # the data loader gives an empty history the length 1
     empty = record["history"][:, 0] == config.pad_id
     histories = Histories(record["history"], record["history_len"].masked_fill(empty, 0))

@@ -17,17 +17,12 @@ from fastdiff.ops.cpu.transformer import packed_blocks
 from fastdiff.ops.denoise_attention_loop import CausalPrefix
 from fastdiff.ops.encode_causal_history import encode_causal_history
 from fastdiff.ops.prepare_causal_prefix import prepare_causal_prefix
+from tests.devices import place_op, places
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
-BACKENDS = encode_causal_history.available("cpu")
-ON_GPU = torch.cuda.is_available()
-HALVES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float16,)  # Triton's interpreter has no bfloat16
-WITH_TRITON = tuple(dict.fromkeys((*BACKENDS, "triton"))) if ON_GPU else BACKENDS
-IN_TRITON = [
-    pytest.param("triton", dtype, id=f"triton-{str(dtype)[6:]}")
-    for dtype in (torch.float32, *HALVES)
-    if "triton" in WITH_TRITON
-]
+PLACES = places(encode_causal_history, prepare_causal_prefix)
+IN_TRITON = pytest.mark.skipif("triton" not in PLACES, reason="Triton needs a CUDA device, or TRITON_INTERPRET=1")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = 9  # of the item table; row 0 is the pad
 
 
@@ -76,14 +71,13 @@ def problem(
     }
 
 
-def cast(value: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple):
-        return tuple(cast(item, dtype, device) for item in value)
+        return tuple(cast(item, dtype) for item in value)
     if isinstance(value, (BlockWeights, Pads, CausalPrefix)):
-        names = value.__dataclass_fields__
-        return replace(value, **{name: cast(getattr(value, name), dtype, device) for name in names})
+        return replace(value, **{name: cast(getattr(value, name), dtype) for name in value.__dataclass_fields__})
     return value
 
 
@@ -92,29 +86,27 @@ def rounded(p: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: cast(cast(value, dtype), torch.float64) for name, value in p.items()}
 
 
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and ON_GPU else "cpu"
-
-
-def encode(backend: str, p: dict[str, Any], only_last: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def encode(place: str, p: dict[str, Any], only_last: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight, bias, eps = p["norm"]
     pad = F.layer_norm(p["table"][:1], p["table"].shape[1:], weight, bias, eps)
     arguments = (p["items"], p["lengths"], p["table"], p["norm"], p["blocks"], Pads.of(p["blocks"], pad), p["window"])
-    device = device_of(backend)
-    rows, last = encode_causal_history.bind(backend, device, dtype)(*cast(arguments, dtype, device), only_last)
+    op = place_op(encode_causal_history, place)
+    op.needs(dtype)
+    rows, last = op(*cast(arguments, dtype), only_last)
     assert rows.dtype == last.dtype == dtype
     assert rows.shape[0] >= (0 if only_last else int(p["lengths"].sum()))
-    return rows[: int(p["lengths"].sum())].cpu(), last.cpu()
+    return rows[: int(p["lengths"].sum())], last
 
 
-def prepare(backend: str, p: dict[str, Any], normalize: bool, guided: bool, dtype: torch.dtype) -> CausalPrefix:
+def prepare(place: str, p: dict[str, Any], normalize: bool, guided: bool, dtype: torch.dtype) -> CausalPrefix:
     arguments = (p["condition"], p["last"], p["items"], p["lengths"], p["table"], 0.7, normalize, p["time"])
-    device, pads = device_of(backend), Pads.of(p["blocks"], pad_inputs(p, normalize))
-    more = (*cast((p["blocks"], pads), dtype, device), p["window"], guided)
-    prefix: CausalPrefix = prepare_causal_prefix.bind(backend, device, dtype)(*cast(arguments, dtype, device), *more)
+    more = (*cast((p["blocks"], Pads.of(p["blocks"], pad_inputs(p, normalize))), dtype), p["window"], guided)
+    op = place_op(prepare_causal_prefix, place)
+    op.needs(dtype)
+    prefix: CausalPrefix = op(*cast(arguments, dtype), *more)
     slots = int(prefix.lengths.sum())
     assert prefix.keys_values.shape[2] >= slots
-    return cast(replace(prefix, keys_values=prefix.keys_values[:, :, :slots]), dtype)
+    return replace(prefix, keys_values=prefix.keys_values[:, :, :slots])
 
 
 def pad_inputs(p: dict[str, Any], normalize: bool) -> Tensor:
@@ -191,10 +183,10 @@ def rule(ours: Tensor, twin: Tensor, truth: Tensor, floor: float) -> None:
     assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + floor
 
 
-def encoding_is_its_formula(backend: str, p: dict[str, Any], only_last: bool, dtype: torch.dtype) -> None:
+def encoding_is_its_formula(place: str, p: dict[str, Any], only_last: bool, dtype: torch.dtype) -> None:
     rows, last = encoded_by_hand(p)
     twin_rows, twin_last = encoded_by_hand({name: cast(value, dtype) for name, value in p.items()})
-    ours_rows, ours_last = encode(backend, p, only_last, dtype)
+    ours_rows, ours_last = encode(place, p, only_last, dtype)
     floor = AGREE.get(dtype, FLOOR[dtype])
     rule(ours_last, twin_last, last, floor)
     if only_last:
@@ -203,12 +195,10 @@ def encoding_is_its_formula(backend: str, p: dict[str, Any], only_last: bool, dt
         rule(ours_rows, twin_rows, rows, floor)
 
 
-def preparing_is_its_formula(
-    backend: str, p: dict[str, Any], normalize: bool, guided: bool, dtype: torch.dtype
-) -> None:
+def preparing_is_its_formula(place: str, p: dict[str, Any], normalize: bool, guided: bool, dtype: torch.dtype) -> None:
     narrow = {name: cast(value, dtype) for name, value in p.items()}
     floor = AGREE.get(dtype, FLOOR[dtype])
-    ours = prepare(backend, p, normalize, guided, dtype)
+    ours = prepare(place, p, normalize, guided, dtype)
     passes = 2 if guided else 1
     for branch in range(passes):
         truth = prefix_by_hand(p, normalize, branch)
@@ -223,23 +213,23 @@ def preparing_is_its_formula(
     assert torch.equal(ours.uniform, empty) if ours.uniform is not None else not bool(empty.any())
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "triton"])
 @given(p=problems(), only_last=st.booleans(), threads=st.sampled_from([1, 3]))
-def test_encoding_is_its_formula(backend: str, p: dict[str, Any], only_last: bool, threads: int) -> None:
+def test_encoding_is_its_formula(place: str, p: dict[str, Any], only_last: bool, threads: int) -> None:
     torch.set_num_threads(threads)
-    encoding_is_its_formula(backend, p, only_last, torch.float32)
-    if backend == "torch":
+    encoding_is_its_formula(place, p, only_last, torch.float32)
+    if place.startswith("torch"):
         last = encoded_by_hand(p)[1]
-        assert_agree(encode(backend, p, only_last, torch.float64)[1], last, torch.float64)
+        assert_agree(encode(place, p, only_last, torch.float64)[1], last, torch.float64)
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "triton"])
 @given(p=problems(), normalize=st.booleans(), guided=st.booleans(), threads=st.sampled_from([1, 3]))
-def test_preparing_is_its_formula(backend: str, p: dict[str, Any], normalize: bool, guided: bool, threads: int) -> None:
+def test_preparing_is_its_formula(place: str, p: dict[str, Any], normalize: bool, guided: bool, threads: int) -> None:
     torch.set_num_threads(threads)
-    preparing_is_its_formula(backend, p, normalize, guided, torch.float32)
-    if backend == "torch":
-        exact = prepare(backend, p, normalize, guided, torch.float64)
+    preparing_is_its_formula(place, p, normalize, guided, torch.float32)
+    if place.startswith("torch"):
+        exact = prepare(place, p, normalize, guided, torch.float64)
         assert_agree(exact.keys_values[:, 0], prefix_by_hand(p, normalize, 0), torch.float64)
 
 
@@ -252,34 +242,34 @@ SETTINGS_IN_TRITON: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), IN_TRITON)
+@IN_TRITON
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("only_last", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS_IN_TRITON, ids=lambda setting: str(setting["lengths"]))
-def test_encoding_is_its_formula_in_triton(
-    backend: str, dtype: torch.dtype, only_last: bool, setting: dict[str, Any]
-) -> None:
-    encoding_is_its_formula(backend, rounded(problem(**setting), dtype), only_last, dtype)
+def test_encoding_is_its_formula_in_triton(dtype: torch.dtype, only_last: bool, setting: dict[str, Any]) -> None:
+    encoding_is_its_formula("triton", rounded(problem(**setting), dtype), only_last, dtype)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), IN_TRITON)
+@IN_TRITON
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("normalize", "guided"), [(False, True), (True, False)])
 @pytest.mark.parametrize("setting", SETTINGS_IN_TRITON, ids=lambda setting: str(setting["lengths"]))
 def test_preparing_is_its_formula_in_triton(
-    backend: str, dtype: torch.dtype, normalize: bool, guided: bool, setting: dict[str, Any]
+    dtype: torch.dtype, normalize: bool, guided: bool, setting: dict[str, Any]
 ) -> None:
-    preparing_is_its_formula(backend, rounded(problem(**setting), dtype), normalize, guided, dtype)
+    preparing_is_its_formula("triton", rounded(problem(**setting), dtype), normalize, guided, dtype)
 
 
-@pytest.mark.parametrize("backend", [name for name in WITH_TRITON if name != "cpu"])
-def test_rows_beyond_the_last_are_not_read(backend: str) -> None:
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
+def test_rows_beyond_the_last_are_not_read(place: str) -> None:
     p = problem([3, 0, 5, 1], window=5)
     nothing = torch.full((11, 8), torch.nan, dtype=torch.float64)
     roomy = p | {"condition": torch.cat([p["condition"], nothing])}
-    expected = prepare(backend, p, False, True, torch.float32).keys_values
-    assert torch.equal(prepare(backend, roomy, False, True, torch.float32).keys_values, expected)
+    expected = prepare(place, p, False, True, torch.float32).keys_values
+    assert_agree(prepare(place, roomy, False, True, torch.float32).keys_values, expected, torch.float32)
 
 
-@pytest.mark.skipif("triton" not in WITH_TRITON, reason="Triton needs a CUDA device, or TRITON_INTERPRET=1")
+@IN_TRITON
 def test_in_triton_a_row_is_the_same_in_any_batch() -> None:
     lengths, order = [7, 0, 20, 1, 5], [2, 0]
     p = problem(lengths, window=20, dim=36)
@@ -296,46 +286,46 @@ def test_in_triton_a_row_is_the_same_in_any_batch() -> None:
     assert_agree(part, torch.cat([kept[:, :, slots[i] : slots[i + 1]] for i in order], dim=2), torch.float32)
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
-def test_a_real_size(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_real_size(place: str) -> None:
     p = problem([50, 1, 37, 0, 6], window=50, dim=128, heads=4)
     rows, last = encoded_by_hand(p)
     single = {name: cast(value, torch.float32) for name, value in p.items()}
-    ours, twin = encode(backend, p, False, torch.float32), encoded_by_hand(single)
+    ours, twin = encode(place, p, False, torch.float32), encoded_by_hand(single)
     rule(ours[0], twin[0], rows, FLOOR[torch.float32])
     rule(ours[1], twin[1], last, FLOOR[torch.float32])
-    prefix = prepare(backend, p, False, True, torch.float32).keys_values
+    prefix = prepare(place, p, False, True, torch.float32).keys_values
     for branch in (0, 1):
         twin_keys = prefix_by_hand(single, False, branch)
         rule(prefix[:, branch], twin_keys, prefix_by_hand(p, False, branch), FLOOR[torch.float32])
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
-def test_nobody(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_nobody(place: str) -> None:
     p = problem([], window=5)
     p["items"] = torch.zeros(0, 0, dtype=torch.int64)
-    rows, last = encode(backend, p, False, torch.float32)
+    rows, last = encode(place, p, False, torch.float32)
     assert rows.shape == last.shape == (0, 8)
-    assert prepare(backend, p, False, True, torch.float32).keys_values.shape == (2, 2, 0, 16)
+    assert prepare(place, p, False, True, torch.float32).keys_values.shape == (2, 2, 0, 16)
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
-def test_layouts(backend: str, nan_empty: None) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_layouts(place: str, nan_empty: None) -> None:
     p = problem([3, 0, 5, 1], window=5)
     strided = dict(p)
     for name in ("items", "table", "condition", "last"):
         strided[name] = p[name].T.contiguous().T
     strided["lengths"] = torch.stack([p["lengths"], p["lengths"]], dim=1)[:, 0]
-    pairs = (encode(backend, problem_, False, torch.float32) for problem_ in (strided, p))
+    pairs = (encode(place, problem_, False, torch.float32) for problem_ in (strided, p))
     for ours, plain in zip(*pairs, strict=True):
         assert_agree(ours, plain, torch.float32)
-    ours, plain = (prepare(backend, problem_, False, True, torch.float32) for problem_ in (strided, p))
+    ours, plain = (prepare(place, problem_, False, True, torch.float32) for problem_ in (strided, p))
     assert_agree(ours.keys_values, plain.keys_values, torch.float32)
 
 
 # --- what only the C++ ops promise ------------------------------------------------------------------------------------
 
-built = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ ops are not built")
+built = pytest.mark.skipif("cpu" not in PLACES, reason="the C++ ops are not built")
 LENGTHS = [7, 0, 50, 1, 16, 15, 14, 30, 2, 3, 5, 49, 50, 17]
 
 

@@ -9,18 +9,12 @@ from torch import Tensor
 from fastdiff.noise import GivenNoise, Noise, PhiloxNoise
 from fastdiff.ops.cpu import library
 from fastdiff.ops.decode_context import ContextDecoder, decode_context
+from tests.devices import place_op, places
 from tests.ops.test_encode_padded_history import converted, drawn, linear, norm
 from tests.tolerances import FLOOR, relative_error
 
-BACKENDS = decode_context.available("cpu")
 CPP = pytest.mark.skipif(library.why_not() is not None, reason="the C++ ops are not built")
 SIZES = [(1, 1, "relu"), (6, 3, "gelu"), (20, 2, "relu"), (128, 2, "gelu")]  # dim, heads, activation
-HALF = [
-    (backend, device)
-    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    for backend in decode_context.available(device, torch.float16)
-    if backend != "torch"
-]
 BATCHES = ((0, 1, False), (1, 1, True), (7, 3, False), (33, 1, False), (19, 2, True))  # users, samples, normalize
 FEW = ((0, 1, False), (1, 1, True), (7, 3, False), (17, 1, True))
 """For kernels that are interpreted."""
@@ -40,7 +34,8 @@ def drawn_decoder(dim: int, heads: int, activation: str, coupled: bool) -> Conte
 
 
 def in_float32(decoder: ContextDecoder) -> ContextDecoder:
-    return converted(decoder, "cpu", torch.float32)
+    narrow: ContextDecoder = converted(decoder, torch.float32)
+    return narrow
 
 
 class Recorded(Noise):
@@ -54,17 +49,17 @@ class Recorded(Noise):
         return self.noise[index]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", places(decode_context))
 @pytest.mark.parametrize("coupled", [False, True], ids=["alone", "coupled"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_backend_is_as_good_as_torch(
-    backend: str, coupled: bool, plan: str, sizes: tuple[int, int, str], nan_empty: None
+    place: str, coupled: bool, plan: str, sizes: tuple[int, int, str], nan_empty: None
 ) -> None:
     dim, coef = sizes[0], torch.tensor(PLANS[plan], dtype=torch.float64)
     wide = drawn_decoder(*sizes, coupled)
-    op = decode_context.bind(backend, "cpu")
-    for users, samples, normalize in FEW if backend == "triton" else BATCHES:
+    op = place_op(decode_context, place)
+    for users, samples, normalize in FEW if op.interpreted else BATCHES:
         context, cross = drawn(users, dim), drawn(len(coef), dim)
         draws = drawn(1 + len(coef), users * samples, dim)
         narrow = in_float32(wide)
@@ -89,50 +84,26 @@ def test_every_backend_is_as_good_as_torch(
         assert relative_error(run(philox), run(GivenNoise(given))) <= FLOOR[torch.float32] + 1e-6
 
 
-@pytest.mark.parametrize(("backend", "device"), HALF)
+@pytest.mark.parametrize("place", [place for place in places(decode_context) if place != "torch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("coupled", [False, True], ids=["alone", "coupled"])
 @pytest.mark.parametrize("plan", ["one step", "a step remembers"])
-def test_half_precision(backend: str, device: str, dtype: torch.dtype, coupled: bool, plan: str) -> None:
-    reason = decode_context.why_not(backend, device, dtype)
-    if reason is not None:
-        pytest.skip(reason)
+def test_half_precision(place: str, dtype: torch.dtype, coupled: bool, plan: str) -> None:
+    op = place_op(decode_context, place)
+    op.needs(dtype)
     coef = torch.tensor(PLANS[plan], dtype=torch.float64)
-    op = decode_context.bind(backend, device, dtype)
     for sizes in SIZES[1:3]:
         given = (drawn_decoder(*sizes, coupled), drawn(12, sizes[0]), drawn(len(coef), sizes[0]))
         # the truth is that of the rounded weights
-        decoder, context, cross = converted(given, device, dtype)
-        draws = drawn(1 + len(coef), 24, sizes[0]).to(device, dtype)
+        decoder, context, cross = converted(given, dtype)
+        draws = drawn(1 + len(coef), 24, sizes[0]).to(dtype)
         got = op(context, decoder, cross, coef, True, 2, GivenNoise(draws))
         assert got.dtype == dtype
-        wide, wide_context, wide_cross, wide_draws = converted((decoder, context, cross, draws), device, torch.float64)
+        wide, wide_context, wide_cross, wide_draws = converted((decoder, context, cross, draws), torch.float64)
         reference = decode_context.reference
         truth = reference(wide_context, wide, wide_cross, coef, True, 2, GivenNoise(wide_draws))
         twin = reference(context, decoder, cross, coef, True, 2, GivenNoise(draws))
         assert relative_error(got, truth) <= 2 * relative_error(twin, truth) + FLOOR[dtype]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("coupled", [False, True], ids=["alone", "coupled"])
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_triton_on_a_gpu(coupled: bool, plan: str, sizes: tuple[int, int, str]) -> None:
-    dim, coef = sizes[0], torch.tensor(PLANS[plan], dtype=torch.float64)
-    op = decode_context.bind("triton", "cuda")
-    for users, samples, normalize in BATCHES[1:]:
-        given = (drawn_decoder(*sizes, coupled), drawn(users, dim), drawn(len(coef), dim))
-        wide, wide_context, wide_cross = converted(given, "cuda", torch.float64)
-        decoder, context, cross = converted(given, "cuda", torch.float32)
-        keys = torch.randint(-(1 << 62), 1 << 62, (users * samples,), device="cuda")
-        philox = PhiloxNoise(99, keys, torch.arange(users * samples, device="cuda") % samples, dim, torch.float32)
-        draws = torch.stack([philox.draw(i) for i in range(1 + len(coef))])
-        reference = decode_context.reference
-        truth = reference(wide_context, wide, wide_cross, coef, normalize, samples, GivenNoise(draws.double()))
-        twin = reference(context, decoder, cross, coef, normalize, samples, GivenNoise(draws))
-        bound = 2 * relative_error(twin, truth) + FLOOR[torch.float32]
-        for noise in (GivenNoise(draws), philox):
-            assert relative_error(op(context, decoder, cross, coef, normalize, samples, noise), truth) <= bound
 
 
 @CPP

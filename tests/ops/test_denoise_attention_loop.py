@@ -1,7 +1,6 @@
 """denoise_attention_loop against its formula, written out row by row with every pad that the pad key stands for."""
 
 import math
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,17 +16,12 @@ from fastdiff.noise import GeneratorNoise, GivenNoise, Noise, PhiloxNoise, Start
 from fastdiff.ops.causal_transformer import BlockWeights
 from fastdiff.ops.cpu.transformer import packed_blocks
 from fastdiff.ops.denoise_attention_loop import CausalPrefix, denoise_attention_loop, denoise_attention_loop_ref
+from tests.devices import place_op, places
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
-BACKENDS = denoise_attention_loop.available("cpu")
-ON_GPU = torch.cuda.is_available()
-HALVES = (torch.float16, torch.bfloat16) if ON_GPU else (torch.float16,)  # Triton's interpreter has no bfloat16
-WITH_TRITON = tuple(dict.fromkeys((*BACKENDS, "triton"))) if ON_GPU else BACKENDS
-IN_TRITON = [
-    pytest.param("triton", dtype, id=f"triton-{str(dtype)[6:]}")
-    for dtype in (torch.float32, *HALVES)
-    if "triton" in WITH_TRITON
-]
+PLACES = places(denoise_attention_loop)
+IN_TRITON = pytest.mark.skipif("triton" not in PLACES, reason="Triton needs a CUDA device, or TRITON_INTERPRET=1")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 # --- a random problem -------------------------------------------------------------------------------------------------
@@ -96,42 +90,29 @@ def problem(
     }
 
 
-def cast(value: Any, dtype: torch.dtype | None, device: str = "cpu") -> Any:
-    """Arguments of the op in another dtype, None for their own, and on another device; but not coef."""
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments of the op in another dtype; but not coef."""
     if isinstance(value, dict):
-        return {name: part if name == "coef" else cast(part, dtype, device) for name, part in value.items()}
+        return {name: part if name == "coef" else cast(part, dtype) for name, part in value.items()}
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple):
-        return tuple(cast(part, dtype, device) for part in value)
+        return tuple(cast(part, dtype) for part in value)
     if isinstance(value, (BlockWeights, CausalPrefix)):
-        return replace(
-            value, **{name: cast(getattr(value, name), dtype, device) for name in value.__dataclass_fields__}
-        )
-    if isinstance(value, GivenNoise):
-        return GivenNoise(cast(value.noise, dtype, device))
-    if isinstance(value, StartNoise):
-        return StartNoise(cast(value.start, dtype, device), cast(value.rest, dtype, device))
-    if isinstance(value, PhiloxNoise):
-        keys = (value.row_key.to(device), value.sample.to(device))
-        return PhiloxNoise(value.seed, *keys, value.dim, dtype or value.dtype)
-    if isinstance(value, GeneratorNoise):
-        moved = copy(value)
-        moved.device = torch.device(device)
-        return moved
-    return value
+        return replace(value, **{name: cast(getattr(value, name), dtype) for name in value.__dataclass_fields__})
+    return GivenNoise(cast(value.noise, dtype)) if isinstance(value, GivenNoise) else value
 
 
 def in_float32(arguments: dict[str, Any]) -> dict[str, Any]:
     return dict(cast(arguments, torch.float32))
 
 
-def run(backend: str, arguments: dict[str, Any]) -> Tensor:
-    device = "cuda" if backend == "triton" and ON_GPU else "cpu"
-    op = denoise_attention_loop.bind(backend, device, arguments["x_t"].dtype)
-    x_0: Tensor = op(*cast(arguments, None, device).values())
+def run(place: str, arguments: dict[str, Any]) -> Tensor:
+    op = place_op(denoise_attention_loop, place)
+    op.needs(arguments["x_t"].dtype)
+    x_0: Tensor = op(*arguments.values())
     assert x_0.dtype == arguments["x_t"].dtype
-    return x_0.cpu()
+    return x_0
 
 
 # --- the formula, one row at a time -----------------------------------------------------------------------------------
@@ -212,23 +193,23 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def is_its_formula(backend: str, setting: dict[str, Any], dtype: torch.dtype) -> None:
+def is_its_formula(place: str, setting: dict[str, Any], dtype: torch.dtype) -> None:
     exact = cast(cast(problem(**setting), dtype), torch.float64)  # numbers that the dtype can hold
     truth = loop_by_hand(setting["users"], **exact)
     narrow = cast(exact, dtype)
     twin = loop_by_hand(setting["users"], **narrow)
     # guidance and near-constant rows under a LayerNorm amplify rounding, in the twin or in ours
     floor = AGREE.get(dtype, FLOOR[dtype])
-    assert relative_error(run(backend, narrow), truth) <= 2 * relative_error(twin, truth) + floor
+    assert relative_error(run(place, narrow), truth) <= 2 * relative_error(twin, truth) + floor
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "triton"])
 @given(setting=settings())
-def test_is_its_formula(backend: str, setting: dict[str, Any]) -> None:
-    is_its_formula(backend, setting, torch.float32)
-    if backend == "torch":
+def test_is_its_formula(place: str, setting: dict[str, Any]) -> None:
+    is_its_formula(place, setting, torch.float32)
+    if place.startswith("torch"):
         exact = problem(**setting)
-        assert_agree(run(backend, exact), loop_by_hand(setting["users"], **exact), torch.float64)
+        assert_agree(run(place, exact), loop_by_hand(setting["users"], **exact), torch.float64)
 
 
 # Every draw of the sizes above would be another kernel to compile, or seconds to interpret: a few of them instead.
@@ -240,22 +221,23 @@ SETTINGS_IN_TRITON: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "dtype"), IN_TRITON)
+@IN_TRITON
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("setting", SETTINGS_IN_TRITON, ids=lambda setting: str(setting["users"]))
-def test_is_its_formula_in_triton(backend: str, dtype: torch.dtype, setting: dict[str, Any]) -> None:
-    is_its_formula(backend, setting, dtype)
+def test_is_its_formula_in_triton(dtype: torch.dtype, setting: dict[str, Any]) -> None:
+    is_its_formula("triton", setting, dtype)
 
 
-@pytest.mark.parametrize("backend", [name for name in WITH_TRITON if name != "cpu"])
-def test_slots_beyond_the_last_are_not_read(backend: str) -> None:
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "cpu"])
+def test_slots_beyond_the_last_are_not_read(place: str) -> None:
     arguments = in_float32(problem(users=[(3, 1), (0, 0), (2, 4)], branches=2))
     prefix = arguments["prefix"]
     nothing = torch.full((2, 2, 9, 16), torch.nan)
     roomy = replace(prefix, keys_values=torch.cat([prefix.keys_values, nothing], dim=2))
-    assert torch.equal(run(backend, arguments | {"prefix": roomy}), run(backend, arguments))
+    assert_agree(run(place, arguments | {"prefix": roomy}), run(place, arguments), torch.float32)
 
 
-@pytest.mark.skipif("triton" not in WITH_TRITON, reason="Triton needs a CUDA device, or TRITON_INTERPRET=1")
+@IN_TRITON
 @pytest.mark.parametrize("branches", [1, 2])
 def test_in_triton_a_row_is_the_same_in_any_batch(branches: int) -> None:
     users = [(n % 3, n) for n in (7, 0, 9, 1, 3, 2)]
@@ -283,41 +265,41 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend: str, layout: str, nan_empty: None) -> None:
+def test_layouts(place: str, layout: str, nan_empty: None) -> None:
     """Also: no unwritten memory reaches the result."""
     arguments = in_float32(problem(users=[(3, 1), (0, 0), (2, 4)], samples=2, branches=2))
-    expected = run(backend, arguments)
+    expected = run(place, arguments)
     change, prefix = LAYOUTS[layout], arguments["prefix"]
     for name in ("x_t", "time"):
         arguments[name] = change(arguments[name])
     names = ("cond", "keys_values", "lengths", "pad", "log_pads")
     arguments["prefix"] = replace(prefix, **{name: change(getattr(prefix, name)) for name in names})
     arguments["noise"] = GivenNoise(change(arguments["noise"].noise))
-    ours = run(backend, arguments)
+    ours = run(place, arguments)
     assert ours.isfinite().all()
     assert ours.is_contiguous()
-    if backend == "cpu":
+    if place == "cpu":
         assert torch.equal(ours, expected)
     else:
         assert_agree(ours, expected, torch.float32)
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
-def test_a_real_size(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_real_size(place: str) -> None:
     """ADRec's own: 2 blocks of 4 heads on 128 dims, 49 keys before the token."""
     users = [(50 - n, n - 1) for n in (1, 6, 37, 50)]
     exact = problem(users=users, heads=4, dim=128, steps=4, branches=2)
-    ours = run(backend, in_float32(exact))
+    ours = run(place, in_float32(exact))
     truth = loop_by_hand(users, **exact)
     twin = loop_by_hand(users, **in_float32(exact))
     assert relative_error(ours, truth) <= 2 * relative_error(twin, truth) + FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rest", ["given", "philox", "generator"])
-def test_every_kind_of_noise(backend: str, rest: str) -> None:
+def test_every_kind_of_noise(place: str, rest: str) -> None:
     """The loop asks each kind for the draws that it gives when asked one by one."""
     users, rows, dim, steps = [(2, 3), (0, 1), (1, 0)], 6, 8, 4
 
@@ -335,43 +317,43 @@ def test_every_kind_of_noise(backend: str, rest: str) -> None:
     arguments["noise"] = GivenNoise(torch.stack([arguments["x_t"], *(once.draw(1 + i) for i in range(steps - 1))]))
     expected = denoise_attention_loop_ref(**arguments)
     arguments["noise"] = StartNoise(arguments["x_t"], make())
-    assert_agree(run(backend, arguments), expected, torch.float32)
+    assert_agree(run(place, arguments), expected, torch.float32)
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
-def test_noise_is_drawn_only_where_it_counts(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_noise_is_drawn_only_where_it_counts(place: str) -> None:
     class Recorder(Noise):
         def __init__(self) -> None:
             self.asked: list[int] = []
 
         def draw(self, index: int) -> Tensor:
             self.asked.append(index)
-            return torch.zeros(2, 8, device="cuda" if backend == "triton" and ON_GPU else "cpu")
+            return torch.zeros(2, 8)
 
     arguments = in_float32(problem(users=[(1, 0), (2, 0)], steps=4))
     arguments["coef"][1, 2] = 0.0
     arguments["noise"] = recorder = Recorder()
-    run(backend, arguments)
+    run(place, arguments)
     assert recorder.asked == [1, 3]
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
-def test_nobody(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_nobody(place: str) -> None:
     arguments = in_float32(problem(users=[]))
-    assert run(backend, arguments).shape == (0, 8)
+    assert run(place, arguments).shape == (0, 8)
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
-def test_rows_must_be_shared_out_evenly(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_rows_must_be_shared_out_evenly(place: str) -> None:
     arguments = in_float32(problem(users=[(1, 0), (2, 0)]))
     arguments["x_t"] = torch.zeros(3, 8)
     with pytest.raises(InvalidArgument, match=r"same number of rows for each of the prefix's 2 users \(got 3 rows\)"):
-        run(backend, arguments)
+        run(place, arguments)
 
 
 # --- what only the C++ loop promises ----------------------------------------------------------------------------------
 
-built = pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ ops are not built")
+built = pytest.mark.skipif("cpu" not in PLACES, reason="the C++ ops are not built")
 
 
 @built

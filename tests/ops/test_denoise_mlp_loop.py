@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.noise import GeneratorNoise, GivenNoise, Noise, PhiloxNoise, StartNoise
-from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.denoise_mlp_loop import (
     ACTIVATIONS,
     MLPSampler,
@@ -19,6 +18,7 @@ from fastdiff.ops.denoise_mlp_loop import (
     denoise_mlp_loop_ref,
     guided,
 )
+from tests.devices import place_op, places
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 CPU_MISSING = "cpu" not in denoise_mlp_loop.available("cpu")
@@ -26,15 +26,9 @@ COND = 5  # width of the condition before the first layer
 TIME = 3  # width of the time embedding before the first layer
 
 
-@pytest.fixture(params=denoise_mlp_loop.available("cpu"))
+@pytest.fixture(params=places(denoise_mlp_loop))
 def loop(request):
-    return denoise_mlp_loop.bind(request.param, "cpu")
-
-
-def skip_unless_it_runs(loop: BoundOp, dtype: torch.dtype) -> None:
-    reason = denoise_mlp_loop.why_not(loop.backend, "cpu", dtype)
-    if reason:
-        pytest.skip(reason)
+    return place_op(denoise_mlp_loop, request.param)
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,7 @@ CASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_equals_the_network_run_step_by_step(loop, case, dtype):
-    skip_unless_it_runs(loop, dtype)
+    loop.needs(dtype)
     made = case.tensors()
     truth = truth_of(case, made)
     given = arguments(case, made, dtype)
@@ -180,7 +174,7 @@ def philox(rows: slice, dtype: torch.dtype, dim: int) -> PhiloxNoise:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_do_not_depend_on_each_other(loop, dtype):
-    skip_unless_it_runs(loop, dtype)
+    loop.needs(dtype)
     case = CASES["many rows"]
     given = list(arguments(case, case.tensors(), dtype))
     together = loop(*given[:5], philox(slice(0, case.rows), dtype, case.dim))
@@ -193,8 +187,8 @@ def test_rows_do_not_depend_on_each_other(loop, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_draws_made_inside_are_the_draws_of_the_noise(loop, dtype):
     """Philox, its start given apart, and any other noise, against the same numbers handed in."""
-    skip_unless_it_runs(loop, dtype)
-    long = replace(ONE, dim=50, steps=12 if loop.backend == "triton" else 90, guidance="shared")  # interpreted
+    loop.needs(dtype)
+    long = replace(ONE, dim=50, steps=12 if loop.interpreted else 90, guidance="shared")
     for case in (CASES["many rows"], LINEAR, long):
         given = arguments(case, case.tensors(), dtype)
         rows = slice(0, case.rows)
@@ -252,19 +246,21 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(cas
             assert torch.equal(part, whole[rows]), (threads, rows)
 
 
-@pytest.mark.skipif("triton" not in denoise_mlp_loop.available("cpu", torch.float16), reason="no Triton here")
-def test_draws_in_half_precision_are_those_that_the_noise_hands_out():
-    loop = denoise_mlp_loop.bind("triton", "cpu", torch.float16)
+@pytest.mark.skipif("triton" not in places(denoise_mlp_loop), reason="no Triton here")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_draws_in_half_precision_are_those_that_the_noise_hands_out(dtype):
+    loop = place_op(denoise_mlp_loop, "triton")
+    loop.needs(dtype)
     case = replace(ONE, rows=5, dim=20, steps=4)
-    given, rows = arguments(case, case.tensors(), torch.float16), slice(0, 5)
-    draws = torch.stack([philox(rows, torch.float16, case.dim).draw(i) for i in range(case.steps + 1)])
+    given, rows = arguments(case, case.tensors(), dtype), slice(0, 5)
+    draws = torch.stack([philox(rows, dtype, case.dim).draw(i) for i in range(case.steps + 1)])
     truth = loop(None, *given[1:5], GivenNoise(draws))
-    assert relative_error(loop(None, *given[1:5], philox(rows, torch.float16, case.dim)), truth) <= FLOOR[torch.float16]
+    assert relative_error(loop(None, *given[1:5], philox(rows, dtype, case.dim)), truth) <= FLOOR[dtype]
 
 
-@pytest.mark.skipif("triton" not in denoise_mlp_loop.available("cpu"), reason="no Triton here")
+@pytest.mark.skipif("triton" not in places(denoise_mlp_loop), reason="no Triton here")
 def test_what_does_not_fit_is_named_by_triton_too():
-    loop = denoise_mlp_loop.bind("triton", "cpu")
+    loop = place_op(denoise_mlp_loop, "triton")
     x, sampler, cond, uncond, scale, noise = arguments(LINEAR, LINEAR.tensors(), torch.float32)
     for arguments_of, match in (
         ((x, sampler, cond[:, :5], uncond, scale, noise), r"cond must have shape \[4, 6\]"),

@@ -12,6 +12,7 @@ from fastdiff.ops.encode_interests import (
     encode_interests,
     encode_interests_ref,
 )
+from tests.devices import place_op, places
 from tests.tolerances import FLOOR, assert_agree, relative_error
 
 CPU_MISSING = "cpu" not in encode_interests.available("cpu")
@@ -19,9 +20,9 @@ WINDOW, PAD, ROWS = 7, 0, 40
 LENGTHS = [0, 1, 2, 3, 5, 6, 7, 7, 0, 4]
 
 
-@pytest.fixture(params=encode_interests.available("cpu"))
+@pytest.fixture(params=places(encode_interests))
 def encode(request):
-    return encode_interests.bind(request.param, "cpu")
+    return place_op(encode_interests, request.param)
 
 
 def make(dim: int, interests: int = 3, hidden: int | None = None) -> tuple[Tensor, InterestExtractor]:
@@ -79,10 +80,9 @@ def interests_of(items: Tensor, lengths: Tensor, table: Tensor, extractor: Inter
 @pytest.mark.parametrize("dim", [1, 2, 7, 16, 33, 50, 64])
 @pytest.mark.parametrize("interests", [1, 4, 17])
 @pytest.mark.parametrize("kind", ["values", "positions in values", "last items"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_equals_the_formula_user_by_user(encode, dim, interests, kind, dtype):
-    if encode_interests.why_not(encode.backend, "cpu", dtype):
-        pytest.skip(encode_interests.why_not(encode.backend, "cpu", dtype))
+    encode.needs(dtype)
     table, extractor = make(dim, interests)
     table, extractor = table.to(dtype), cast(extractor, dtype, kind == "positions in values")
     extractor = replace(extractor, attention=None) if kind == "last items" else extractor

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops.encode_last_item import LastItemBlock, encode_last_item, encode_last_item_ref
+from tests.devices import place_op, places
 from tests.syncs import no_syncs
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
@@ -17,9 +18,9 @@ WINDOW, PAD = 7, 0
 LENGTHS = [0, 1, 2, 3, 5, 6, 7, 7, 0, 4]
 
 
-@pytest.fixture(params=encode_last_item.available("cpu"))
+@pytest.fixture(params=places(encode_last_item))
 def encode(request):
-    return encode_last_item.bind(request.param, "cpu")
+    return place_op(encode_last_item, request.param)
 
 
 def make(
@@ -78,10 +79,9 @@ def histories(rows: int = 40, n: int = WINDOW) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("dim", [1, 2, 7, 16, 33, 50, 64, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_equals_the_last_row_of_the_whole_block(encode, dim, dtype):
-    if encode_last_item.why_not(encode.backend, "cpu", dtype):
-        pytest.skip(encode_last_item.why_not(encode.backend, "cpu", dtype))
+    encode.needs(dtype)
     table, w, block = make(dim, dtype)
     items, lengths = histories()
     ours = encode(items, lengths, table, block)
@@ -130,10 +130,9 @@ def test_no_users_and_no_places(encode):
 
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("outputs", [1, 16, 33, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_a_head_reads_the_row(encode, outputs, dtype):
-    if encode_last_item.why_not(encode.backend, "cpu", dtype):
-        pytest.skip(encode_last_item.why_not(encode.backend, "cpu", dtype))
+    encode.needs(dtype)
     table, w, block = make(20, dtype)
     head = (torch.randn(outputs, 20, dtype=dtype), torch.randn(outputs, dtype=dtype))
     items, lengths = histories()
@@ -148,9 +147,9 @@ def test_a_head_reads_the_row(encode, outputs, dtype):
     assert encode(items[:0], lengths[:0], table, replace(block, head=head)).shape == (0, outputs)
 
 
-@pytest.mark.skipif("triton" not in encode_last_item.available("cpu"), reason="no Triton here")
+@pytest.mark.skipif("triton" not in places(encode_last_item), reason="no Triton here")
 def test_triton_waits_for_nothing():
-    encode = encode_last_item.bind("triton", "cpu")
+    encode = place_op(encode_last_item, "triton")
     table, _, block = make(8, torch.float32)
     block = replace(block, head=(torch.randn(5, 8), torch.randn(5)))
     items, lengths = histories()

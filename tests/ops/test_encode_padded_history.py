@@ -10,15 +10,9 @@ from torch import Tensor
 from fastdiff.ops.cpu import library
 from fastdiff.ops.encode_padded_history import PaddedEncoder, encode_padded_history
 from fastdiff.ops.padded_transformer import Layer, PaddedBlock
+from tests.devices import needs_gpu, place_op, places
 from tests.tolerances import FLOOR, relative_error
 
-BACKENDS = encode_padded_history.available("cpu")
-HALF = [
-    (backend, device)
-    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    for backend in encode_padded_history.available(device, torch.float16)
-    if backend != "torch"
-]
 # (dim, heads, hidden, layers, window, activation)
 SIZES = [(1, 1, 3, 1, 1, "relu"), (6, 3, 5, 2, 4, "gelu"), (20, 2, 37, 3, 7, "relu"), (128, 2, 512, 1, 20, "gelu")]
 
@@ -56,17 +50,18 @@ def drawn_encoder(dim: int, heads: int, hidden: int, layers: int, window: int, a
 
 
 def in_float32(encoder: PaddedEncoder) -> PaddedEncoder:
-    return converted(encoder, "cpu", torch.float32)
+    narrow: PaddedEncoder = converted(encoder, torch.float32)
+    return narrow
 
 
-def converted(value: Any, device: str, dtype: torch.dtype) -> Any:
-    """A value with every floating tensor in it, also inside of tuples and dataclasses, on a device and in a dtype."""
+def converted(value: Any, dtype: torch.dtype) -> Any:
+    """A value with every floating tensor in it, also inside of tuples and dataclasses, in a dtype."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple):
-        return tuple(converted(part, device, dtype) for part in value)
+        return tuple(converted(part, dtype) for part in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: converted(getattr(value, one.name), device, dtype) for one in fields(value)})
+        return replace(value, **{one.name: converted(getattr(value, one.name), dtype) for one in fields(value)})
     return value
 
 
@@ -79,16 +74,16 @@ def drawn_histories(users: int, window: int) -> tuple[Tensor, Tensor]:
     return items.masked_fill(torch.arange(window) >= lengths[:, None], 1 << 40), lengths
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("users", [0, 1, 2, 7, 33])
+@pytest.mark.parametrize("place", places(encode_padded_history))
+@pytest.mark.parametrize("users", [0, 1, 2, 7, 33, pytest.param(300, marks=needs_gpu)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_every_backend_is_as_good_as_torch(
-    backend: str, users: int, sizes: tuple[int, int, int, int, int, str], nan_empty: None
+    place: str, users: int, sizes: tuple[int, int, int, int, int, str], nan_empty: None
 ) -> None:
     wide, (items, lengths) = drawn_encoder(*sizes), drawn_histories(users, sizes[4])
     table = drawn(30, sizes[0])
     encoder = in_float32(wide)
-    op = encode_padded_history.bind(backend, "cpu")
+    op = place_op(encode_padded_history, place)
     got = op(items, lengths, table.float(), encoder)
     assert got.shape == (users, sizes[0])
     assert got.is_contiguous()
@@ -99,45 +94,31 @@ def test_every_backend_is_as_good_as_torch(
     assert relative_error(got, truth) <= 2 * torch_error + FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize(("backend", "device"), HALF)
+@pytest.mark.parametrize("place", [place for place in places(encode_padded_history) if place != "torch"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
 def test_half_precision(
-    backend: str, device: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int, str], nan_empty: None
+    place: str, dtype: torch.dtype, sizes: tuple[int, int, int, int, int, str], nan_empty: None
 ) -> None:
-    reason = encode_padded_history.why_not(backend, device, dtype)
-    if reason is not None:
-        pytest.skip(reason)
+    op = place_op(encode_padded_history, place)
+    op.needs(dtype)
     # the truth is that of the rounded weights
-    encoder, table = converted((drawn_encoder(*sizes), drawn(30, sizes[0])), device, dtype)
-    items, lengths = converted(drawn_histories(12, sizes[4]), device, dtype)
-    got = encode_padded_history.bind(backend, device, dtype)(items, lengths, table, encoder)
+    encoder, table = converted((drawn_encoder(*sizes), drawn(30, sizes[0])), dtype)
+    items, lengths = drawn_histories(12, sizes[4])
+    got = op(items, lengths, table, encoder)
     assert got.dtype == dtype
-    wide, wide_table = converted((encoder, table), device, torch.float64)
+    wide, wide_table = converted((encoder, table), torch.float64)
     truth = encode_padded_history.reference(items, lengths, wide_table, wide)
     torch_error = relative_error(encode_padded_history.reference(items, lengths, table, encoder), truth)
     assert relative_error(got, truth) <= 2 * torch_error + FLOOR[dtype]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-@pytest.mark.parametrize("users", [1, 7, 300])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_triton_on_a_gpu(users: int, sizes: tuple[int, int, int, int, int, str]) -> None:
-    wide, (items, lengths) = drawn_encoder(*sizes), drawn_histories(users, sizes[4])
-    wide, table, items, lengths = converted((wide, drawn(30, sizes[0]), items, lengths), "cuda", torch.float64)
-    encoder, narrow = converted((wide, table), "cuda", torch.float32)
-    truth = encode_padded_history.reference(items, lengths, table, wide)
-    got = encode_padded_history.bind("triton", "cuda")(items, lengths, narrow, encoder)
-    torch_error = relative_error(encode_padded_history.reference(items, lengths, narrow, encoder), truth)
-    assert relative_error(got, truth) <= 2 * torch_error + FLOOR[torch.float32]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_views_and_wide_rectangles(backend: str) -> None:
+@pytest.mark.parametrize("place", places(encode_padded_history))
+def test_views_and_wide_rectangles(place: str) -> None:
     encoder = in_float32(drawn_encoder(20, 2, 37, 2, 7, "gelu"))
     items, lengths = drawn_histories(9, 7)
     table = torch.randn(30, 20)
-    op = encode_padded_history.bind(backend, "cpu")
+    op = place_op(encode_padded_history, place)
     expected = op(items, lengths, table, encoder)
     wider = torch.full((9, 40), 1 << 40)
     wider[:, 1:15:2] = items

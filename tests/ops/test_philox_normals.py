@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.philox_normals import philox4x32, philox_normals, philox_normals_ref
+from tests.devices import place_op, places
 from tests.tolerances import FLOOR, relative_error
 
 KEYS = [0, 1, -1, 0x0123456789ABCDEF, -0x0123456789ABCDEF, 2**63 - 1, -(2**63)]
 CPU_MISSING = "cpu" not in philox_normals.available("cpu")
 
 
-@pytest.fixture(params=philox_normals.available("cpu"))
+@pytest.fixture(params=places(philox_normals))
 def normals(request):
-    return philox_normals.bind(request.param, "cpu")
+    return place_op(philox_normals, request.param)
 
 
 def rows(n: int) -> tuple[Tensor, Tensor]:
@@ -112,8 +113,8 @@ def test_what_cannot_be_drawn_is_named():
 
 
 @pytest.mark.parametrize("seed", [0, 5, -1, (1 << 63) - 1, -(1 << 63), 0x123456789ABCDEF])
-@pytest.mark.parametrize("backend", philox_normals.available("cpu"))
-def test_a_seed_may_be_a_tensor(backend, seed):
+@pytest.mark.parametrize("place", places(philox_normals))
+def test_a_seed_may_be_a_tensor(place, seed):
     keys, sample = torch.tensor([3, -7, 1 << 40]), torch.tensor([0, 1, 9])
-    op = philox_normals.bind(backend, "cpu")
+    op = place_op(philox_normals, place)
     assert torch.equal(op(torch.tensor([seed]), keys, sample, 2, 3, 6), op(seed, keys, sample, 2, 3, 6))

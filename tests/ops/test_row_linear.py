@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.row_linear import LinearWeights, row_linear
+from tests.devices import place_op, places
 from tests.tolerances import FLOOR, relative_error
 
 CPU_MISSING = "cpu" not in row_linear.available("cpu")
@@ -16,9 +17,9 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=row_linear.available("cpu"))
+@pytest.fixture(params=places(row_linear))
 def linear(request):
-    return row_linear.bind(request.param, "cpu")
+    return place_op(row_linear, request.param)
 
 
 def made(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
@@ -28,10 +29,9 @@ def made(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_equals_the_product(linear, shape, layout, dtype):
-    if row_linear.why_not(linear.backend, "cpu", dtype):
-        pytest.skip(row_linear.why_not(linear.backend, "cpu", dtype))
+    linear.needs(dtype)
     rows, n_in, n_out = shape
     x = LAYOUTS[layout](torch.randn(rows, n_in).to(dtype))
     weight, bias = (part.to(dtype) for part in made(n_in, n_out))

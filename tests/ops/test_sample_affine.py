@@ -6,14 +6,15 @@ import torch
 from fastdiff.closed_form import ClosedForm
 from fastdiff.noise import GeneratorNoise, GivenNoise, PhiloxNoise
 from fastdiff.ops.sample_affine import sample_affine, sample_affine_ref
+from tests.devices import place_op, places
 from tests.tolerances import AGREE, FLOOR, assert_agree, relative_error
 
 CPU_MISSING = "cpu" not in sample_affine.available("cpu")
 
 
-@pytest.fixture(params=sample_affine.available("cpu"))
+@pytest.fixture(params=places(sample_affine))
 def sample(request):
-    return sample_affine.bind(request.param, "cpu")
+    return place_op(sample_affine, request.param)
 
 
 def made(dim: int, dtype: torch.dtype = torch.float32) -> ClosedForm:
@@ -29,11 +30,10 @@ def philox(rows: slice, dim: int, dtype: torch.dtype = torch.float32) -> PhiloxN
 
 @pytest.mark.usefixtures("nan_empty")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (25, 64), (60, 50), (0, 8), (49, 130)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("guidance", ["none", "shared", "per row"])
 def test_equals_the_formula(sample, shape, dtype, guidance):
-    if sample_affine.why_not(sample.backend, "cpu", dtype):
-        pytest.skip(sample_affine.why_not(sample.backend, "cpu", dtype))
+    sample.needs(dtype)
     rows, dim = shape
     form, cond, z = made(dim, dtype), torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     uncond = None if guidance == "none" else torch.randn(rows if guidance == "per row" else 1, dim).to(dtype)

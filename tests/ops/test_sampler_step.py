@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
 from fastdiff.ops.sampler_step import sampler_step
+from tests.devices import place_op, places
 from tests.tolerances import FLOOR, relative_error
 
 SHAPES = [(1, 1), (3, 7), (33, 64), (100, 130), (0, 8)]
@@ -18,9 +19,9 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=sampler_step.available("cpu"))
+@pytest.fixture(params=places(sampler_step))
 def step(request):
-    return sampler_step.bind(request.param, "cpu")
+    return place_op(sampler_step, request.param)
 
 
 def plain(output: Tensor, x_t: Tensor, noise: Tensor, row: tuple[float, float, float], normalize: bool) -> Tensor:
@@ -35,8 +36,7 @@ def plain(output: Tensor, x_t: Tensor, noise: Tensor, row: tuple[float, float, f
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_formula(step, shape, dtype, layout, normalize):
-    if sampler_step.why_not(step.backend, "cpu", dtype):
-        pytest.skip(sampler_step.why_not(step.backend, "cpu", dtype))
+    step.needs(dtype)
     output, x_t, noise = (LAYOUTS[layout](torch.randn(shape).to(dtype)) for _ in range(3))
     for row in ROWS:
         truth = plain(output.double(), x_t.double(), noise.double(), row, normalize)

@@ -19,9 +19,10 @@ from fastdiff.ops import topk_definition, topk_scan
 from fastdiff.ops.cpu import library
 from fastdiff.ops.score_topk import ScanTable, UserLists, merge_topk, score_topk, topk_of_rows
 from fastdiff.ops.topk_definition import exact_scores, from_keys, topk_by_definition
+from tests.devices import GPU, TRITON_DEVICE
 from tests.syncs import no_syncs
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+DEVICES = ["cpu", "cuda"] if GPU else ["cpu"]
 BACKENDS = [(backend, device) for device in DEVICES for backend in score_topk.available(device)]
 SCANS = list(topk_scan.SCAN_DTYPES)
 INTERPRETED = ("triton", "cpu")
@@ -314,8 +315,8 @@ def test_any_restriction_on_few_values(data: st.DataObject) -> None:
     given_lists = [None if given is None else UserLists.from_lists(given) for given in (exclude, candidates)]
     truth = definition(query, item_emb, k, allowed, exclude, candidates)
     for backend, device in BACKENDS:
-        if device == "cpu":
-            assert_same(score_topk.bind(backend, device)(query, item_emb, k, allowed, *given_lists), truth)
+        moved = [None if part is None else part.to(device) for part in (allowed, *given_lists)]
+        assert_same(score_topk.bind(backend, device)(query.to(device), item_emb.to(device), k, *moved), truth)
 
 
 # --- nothing else matters ---------------------------------------------------------------------------------------------
@@ -591,20 +592,23 @@ def test_few_queries_of_a_small_table(scan_dtype: torch.dtype, dim: int, n_rows:
     item_emb[50:90] = item_emb[7]  # ties
     allowed = torch.rand(n_rows) < 0.9
     denied = UserLists.from_lists([[], range(100), item_emb[:200].mv(query[2]).topk(40).indices])
-    for backend in score_topk.available("cpu"):
-        op, scan = score_topk.bind(backend, "cpu"), scan_of(item_emb, scan_dtype)
-        if backend == "triton" and (dim not in (7, 100) or n_rows == 1000):
+    for backend, device in BACKENDS:
+        interpreted = (backend, device) == INTERPRETED
+        if interpreted and (dim not in (7, 100) or n_rows == 1000):
             continue
-        for k in (20,) if backend == "triton" else (1, 20, n_rows // 8):
-            for masks in ((None, None), (allowed, None), (None, denied), (allowed, denied)):
-                want = from_keys(topk_by_definition(query, item_emb, k, *masks))
-                rows, scores = op(query, item_emb, k, *masks, None, scan)
-                assert torch.equal(rows, want[0])
-                assert torch.equal(scores, want[1])
-                alone = op(query[:1], item_emb, k, masks[0], None, None, scan)
-                if masks[1] is None:
-                    assert torch.equal(alone[0], rows[:1])
-                    assert torch.equal(alone[1], scores[:1])
+        op, there = score_topk.bind(backend, device), [part.to(device) for part in (query, item_emb, allowed, denied)]
+        scan = scan_of(there[1], scan_dtype)
+        for k in (20,) if interpreted else (1, 20, n_rows // 8):
+            for allow, deny in ((False, False), (True, False), (False, True), (True, True)):
+                want = from_keys(
+                    topk_by_definition(query, item_emb, k, allowed if allow else None, denied if deny else None)
+                )
+                masks = (there[2] if allow else None, there[3] if deny else None)
+                found = op(*there[:2], k, *masks, None, scan)
+                assert_same(found, want)
+                if not deny:
+                    alone = op(there[0][:1], there[1], k, masks[0], None, None, scan)
+                    assert_same(alone, tuple(part[:1].cpu() for part in found))
 
 
 def test_tables_packed_in_cpp_and_in_torch_agree() -> None:
@@ -650,7 +654,6 @@ def test_opcheck() -> None:
 
 # --- the Triton kernels -----------------------------------------------------------------------------------------------
 
-TRITON_DEVICE = "cuda" if "cuda" in DEVICES else "cpu"
 needs_triton = pytest.mark.skipif(
     "triton" not in score_topk.available(TRITON_DEVICE), reason="needs a CUDA device or TRITON_INTERPRET=1"
 )
