@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="torch.compile baselines as well (minutes)")
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent per provider (default 1)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu); some cases are of one of them")
+    parser.add_argument("--interpreted", action="store_true", help="measure even where TRITON_INTERPRET=1 is set")
     parser.add_argument(
         "--output",
         type=Path,
@@ -44,18 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser()
     given = command.parse_args(arguments)
     try:
-        cases = select(all_cases(), given.case, given.batch, given.full)
+        device = device_of(given.device, given.list)
+        cases = select(all_cases(device), given.case, given.batch, given.full)
         providers = _known(given.provider, PROVIDERS, "provider")
         cases = [case for case in cases if not providers or set(providers) & {*case.others, *case.ours}]
         if not cases:
             raise ValueError(f"--provider: none of these cases has {' or '.join(providers)}; --list shows who has what")
-        device = device_of(given.device)
+        refuse_interpreted(given.interpreted or given.list)
     except ValueError as error:
         command.error(str(error))
     if given.seconds <= 0:
         command.error(f"--seconds must be more than 0 (got {given.seconds:g})")
     if given.list:
-        _list(cases if given.case or given.batch else all_cases())
+        _list(cases if given.case or given.batch else all_cases(device))
         return 0
     if given.threads is not None:
         torch.set_num_threads(given.threads)
@@ -112,10 +115,18 @@ def _known(given: Sequence[str] | None, known: Sequence[str] | set[str] | dict[s
     return list(given or ())
 
 
-def device_of(name: str) -> torch.device:
+def refuse_interpreted(asked: bool) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and not asked:
+        raise ValueError(
+            "TRITON_INTERPRET=1: Triton kernels are interpreted here, which says nothing of their time; unset it, or "
+            "add --interpreted"
+        )
+
+
+def device_of(name: str, only_to_list: bool = False) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device: must be cpu or cuda (got {name!r})")
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available() and not only_to_list:
         raise ValueError("--device: torch sees no CUDA device here; use cpu")
     return torch.device(name)
 

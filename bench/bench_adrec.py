@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bench.baselines import Calls, Wrap, compiled_only, eager_and_compiled, in_float64, load_weights
 from bench.cases import GOLDEN, Absent, Case, Gate, Options, Provider, relative_error
+from bench.graphs import graphed_only, loop_in_a_graph
 from bench.inputs import draw_histories, draw_noise, histories_to, padded, some_of
 from bench.ours import our_models
 from bench.published.adrec import PublishedADRec
@@ -29,7 +30,7 @@ from fastdiff.ops.backend import BoundOp
 from fastdiff.ops.denoise_attention_loop import BlockWeights, CausalPrefix, denoise_attention_step_ref
 from fastdiff.schedule import ScheduleConfig
 
-OTHERS = ("published", "published-compiled", "fastdiff-compiled")
+OTHERS = ("published", "published-compiled", "fastdiff-compiled", "fastdiff-graphed")
 CHECKED_USERS = 16
 
 
@@ -137,20 +138,30 @@ def providers(config: ADRecConfig, batch: int, lengths: str, options: Options) -
         model.bound["denoise_attention_loop"] = loop_of_compiled_steps(wrap)
         return sampler(model, histories, noise), None
 
+    def captured() -> Calls:
+        model = our_models(config, weights, device)["torch"]
+        model.bound["denoise_attention_loop"] = loop_in_a_graph()
+        return sampler(model, histories, noise), None
+
     yield from eager_and_compiled("published", as_published, check, options)
     yield from compiled_only("fastdiff-compiled", cached, check, options)
+    yield from graphed_only(captured, check, options)
     for label, model in our_models(config, weights, device).items():
         yield Provider("fastdiff", sampler(model, histories, noise), check, backend=label)
 
 
-def adrec_case(batch: int, lengths: str, **sizes: int) -> Case:
+def adrec_case(batch: int, lengths: str, only_on: str | None = None, **sizes: int) -> Case:
     config = adrec_config(**sizes)
     setting = (
         f"histories to x_0, T = {config.schedule.num_train_timesteps}, L = {config.max_seq_len}, "
         f"D = {config.hidden_size}, {config.n_encoder_layers} + {config.n_decoder_layers} blocks, draws given"
     )
     params: dict[str, int | str] = {"lengths": lengths, "batch": batch}
-    return Case("adrec", params, setting, partial(providers, config, batch, lengths), ADRec.ops, OTHERS)
+    build = partial(providers, config, batch, lengths)
+    return Case("adrec", params, setting, build, ADRec.ops, OTHERS, only_on=only_on)
 
 
-CASES = [adrec_case(batch, lengths) for lengths in ("full", "beauty") for batch in (1, 32, 256)]
+CASES = [
+    *(adrec_case(batch, lengths) for lengths in ("full", "beauty") for batch in (1, 32, 256)),
+    *(adrec_case(1024, lengths, "cuda") for lengths in ("full", "beauty")),
+]

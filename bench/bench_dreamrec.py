@@ -189,7 +189,7 @@ def _drawing(closed: Callable[[Any, Noise], Tensor], condition: Any, noise: Call
     return closed(condition, noise())
 
 
-def dreamrec_case(batch: int, denoiser: str = "mlp1", **sizes: int) -> Case:
+def dreamrec_case(batch: int, denoiser: str = "mlp1", only_on: str | None = None, **sizes: int) -> Case:
     config = dreamrec_config(denoiser=denoiser, **sizes)
     setting = (
         f"condition to x_0, T = {config.schedule.num_train_timesteps}, D = {config.hidden_size}, w = 2, "
@@ -197,7 +197,11 @@ def dreamrec_case(batch: int, denoiser: str = "mlp1", **sizes: int) -> Case:
     )
     params: dict[str, int | str] = {"denoiser": denoiser, "batch": batch}
     ours = ("fastdiff", "fastdiff-closed-form") if denoiser == "mlp1" else ("fastdiff",)
-    return Case("dreamrec", params, setting, partial(providers, config, batch), DreamRec.ops, ours=ours)
+    build = partial(providers, config, batch)
+    return Case("dreamrec", params, setting, build, DreamRec.ops, ours=ours, only_on=only_on)
 
 
-CASES = [dreamrec_case(batch, denoiser) for denoiser in ("mlp1", "mlp2") for batch in (1, 32, 256)]
+CASES = [
+    *(dreamrec_case(batch, denoiser) for denoiser in ("mlp1", "mlp2") for batch in (1, 32, 256)),
+    *(dreamrec_case(1024, denoiser, "cuda") for denoiser in ("mlp1", "mlp2")),
+]

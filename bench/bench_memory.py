@@ -55,7 +55,16 @@ def providers(n_items: int, k: int, batch: int, dim: int, options: Options) -> I
 def memory_case(n_items: int = 1_000_000, k: int = 100, batch: int = 1024, dim: int = 64) -> Case:
     params: dict[str, int | str] = {"items": n_items, "dim": dim, "k": k, "batch": batch}
     setting = "memory that one call needs beyond the table, in a process of its own"
-    return Case("memory", params, setting, partial(providers, n_items, k, batch, dim), (score_topk,), OTHERS, OURS)
+    return Case(
+        "memory",
+        params,
+        setting,
+        partial(providers, n_items, k, batch, dim),
+        (score_topk,),
+        OTHERS,
+        OURS,
+        only_on="cpu",
+    )
 
 
 CASES = [memory_case()]

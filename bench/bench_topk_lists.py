@@ -141,12 +141,14 @@ def providers(kind: str, n_items: int, k: int, batch: int, dim: int, options: Op
 
     placed = {name: given.to(options.device) for name, given in lists.ours.items()}
     for provider in our_topk(OURS, asked, table, k, answer.same, options, **placed):
+        assert isinstance(provider, Provider), "32 users are not too many for plain PyTorch"
         assert provider.flops is not None
         assert provider.bytes is not None
         yield replace(provider, flops=provider.flops * lists.scored, bytes=provider.bytes * lists.read)
     if kind == "denied":
         unlisted = Answer(query, item_emb, k)
         for provider in our_topk(OURS, asked, table, k, unlisted.same, options):
+            assert isinstance(provider, Provider)
             yield replace(provider, name=provider.name + NO_LISTS, aside=True)
 
 

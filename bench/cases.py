@@ -25,6 +25,7 @@ GOLDEN = 5e-6
 """The project's tolerance against the truth, relative to the largest magnitude (`tests/tolerances.py`)."""
 
 COMPILED = "-compiled"
+GRAPHED = "-graphed"
 PROVIDERS = {
     "published": "the authors' algorithm as published, eager PyTorch",
     "published-compiled": "the same with its networks under torch.compile (only with --compile)",
@@ -32,14 +33,19 @@ PROVIDERS = {
     "torch-randn": "torch.randn, whose numbers depend on how many were drawn before; shown beside the others",
     "torch-topk": "torch.mm of all scores, then torch.topk, eager PyTorch",
     "torch-topk-compiled": "the same under torch.compile (only with --compile)",
-    "torch-topk-bf16": "the same with table, queries and scores in bfloat16: an approximate ranking",
+    "torch-topk-tiles": "torch.mm, then the k tiles of 128 scores with the highest maxima, then torch.topk of those",
+    "torch-topk-bf16": "torch-topk with table, queries and scores in bfloat16: an approximate ranking",
     "torch-topk-bf16-compiled": "the same under torch.compile (only with --compile)",
+    "torch-topk-bf16-tiles": "torch-topk-tiles with table, queries and scores in bfloat16: an approximate ranking",
+    "torch-topk-int8": "torch._int_mm of rows rounded to int8, times their scales, then the tiles: approximate",
     "faiss": "FAISS IndexFlatIP with its defaults (where faiss is installed)",
     "faiss-tuned": "FAISS IndexFlatIP with distance_compute_blas_threshold = 800 (where faiss is installed)",
     "implicit": "implicit.cpu.topk, with its own filter where a case has lists (where implicit is installed)",
     "usearch": "usearch.index.search(exact=True) by inner product (where usearch is installed)",
     "fastdiff": "fastdiff, once per backend that can run here; backend torch is the best eager PyTorch we could write",
     "fastdiff-compiled": "fastdiff[torch] under torch.compile, counted among the others (only with --compile)",
+    "fastdiff-graphed": "fastdiff[torch] replayed as a CUDA graph, counted among the others (only on a GPU)",
+    "fastdiff-graph": "fastdiff's kernels replayed as a CUDA graph (only on a GPU)",
     "fastdiff-bf16-scan": "fastdiff, scanning a bfloat16 copy of the table; the answer is the same, bit for bit",
     "fastdiff-fp16-scan": "fastdiff, scanning a float16 copy of the table; the answer is the same, bit for bit",
     "fastdiff-int8-scan": "fastdiff, scanning an int8 copy of the table; the answer is the same, bit for bit",
@@ -51,6 +57,10 @@ PROVIDERS = {
     "fastdiff-int8-scan-no-lists": "the same of an int8 scan",
     "fastdiff-closed-form": "fastdiff with scheduler='closed_form': the chain as one draw, equal in law",
 }
+ON_A_GPU = frozenset(
+    {"torch-topk-tiles", "torch-topk-bf16-tiles", "torch-topk-int8", "fastdiff-graphed", "fastdiff-graph"}
+)
+"""Providers that take part there only."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +128,12 @@ class Provider:
 
     @property
     def plain_name(self) -> str:
-        return self.name.removesuffix(COMPILED)
+        return self.name.removesuffix(COMPILED).removesuffix(GRAPHED)
 
     @property
     def is_compiled(self) -> bool:
-        return self.name.endswith(COMPILED)
+        """Or captured: its operations are not seen one by one."""
+        return self.name.endswith((COMPILED, GRAPHED))
 
     @property
     def is_plain(self) -> bool:
@@ -169,6 +180,7 @@ class Case:
     build     Options -> providers, and those that are absent
     others    names of the other providers       ours  names of fastdiff's, each once per way to run `ops`
     heavy     measured only with --full
+    only_on   the one type of device for which it is listed, None for all
     """
 
     name: str
@@ -179,6 +191,7 @@ class Case:
     others: tuple[str, ...] = ("published", "published-compiled")
     ours: tuple[str, ...] = ("fastdiff",)
     heavy: bool = False
+    only_on: str | None = None
     citation: Citation | None = None
 
     @property
@@ -187,14 +200,16 @@ class Case:
 
     def labels(self, options: Options) -> list[str]:
         """The labels of the providers that `build` gives, absent ones included; known without building."""
-        ways = bindings(self.ops, options.device)
-        return [*self.others, *(f"{name}[{way}]" for name in self.ours for way in ways)]
+        ways, unheard = bindings(self.ops, options.device), frozenset() if options.device.type == "cuda" else ON_A_GPU
+        labels = [*self.others, *(f"{name}[{way}]" for name in self.ours for way in ways)]
+        return [label for label in labels if label.partition("[")[0] not in unheard]
 
 
-def all_cases() -> list[Case]:
-    """Every case of every `bench_*.py`."""
+def all_cases(device: torch.device = CPU) -> list[Case]:
+    """Every case of every `bench_*.py` that is measured on such a device."""
     files = sorted(Path(__file__).parent.glob("bench_*.py"))
-    return [case for file in files for case in importlib.import_module(f"bench.{file.stem}").CASES]
+    cases = [case for file in files for case in importlib.import_module(f"bench.{file.stem}").CASES]
+    return [case for case in cases if case.only_on in (None, device.type)]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

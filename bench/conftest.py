@@ -20,7 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "contender" in metafunc.fixturenames:
         pairs = [
             pytest.param((case, label), id=f"{case.id}/{label}")
-            for case in all_cases()
+            for case in all_cases(OPTIONS.device)
             if not case.heavy
             for label in case.labels(OPTIONS)
             if OPTIONS.compile or not label.endswith(COMPILED)

@@ -31,8 +31,8 @@ class Truth:
         self.x_0, self.scores, self.against = x_0, scores, f"{what} in float64"
 
     def check_rows(self, rows: Tensor) -> Gate:
-        """Of a provider that returns rows `[B, K]` only."""
-        return Gate(ranking_error(rows.cpu(), self.scores), GOLDEN, self.against)
+        """Of a provider that returns rows `[B, K]` only, for the first users where the truth is known of those only."""
+        return Gate(ranking_error(rows[: len(self.scores)].cpu(), self.scores), GOLDEN, self.against)
 
     def check_output(self, output: GenerateOutput) -> Gate:
         """Of ours: embeddings and ids, for the first users where the truth is known of those only."""
@@ -46,9 +46,9 @@ class Truth:
         return Gate(max(errors), GOLDEN, self.against)
 
 
-def best_rows(scores: Callable[..., Tensor], *inputs: Any, **keywords: Any) -> Tensor:
-    """Rows of the `TOP_K` highest of the scores `[B, rows]` that a function gives."""
-    return torch.topk(scores(*inputs, **keywords), TOP_K, dim=1).indices
+def best_rows(scores: Callable[..., Tensor], *inputs: Any, top_k: int = TOP_K, **keywords: Any) -> Tensor:
+    """Rows of the `top_k` highest of the scores `[B, rows]` that a function gives."""
+    return torch.topk(scores(*inputs, **keywords), top_k, dim=1).indices
 
 
 def our_generate(
@@ -61,11 +61,12 @@ def our_generate(
     name: str = "fastdiff",
     generation_config: GenerationConfig | None = None,
     ranking: str = "published",
+    top_k: int = TOP_K,
     **arguments: Any,
 ) -> Iterator[Provider]:
     """`Engine.generate`, once per way to run it. With `noise` it must give `truth`; it is timed with its own draws."""
     for label, engine in our_engines(config, weights, device, generation_config).items():
-        run = partial(engine.generate, states, top_k=TOP_K, ranking=ranking, **arguments)
+        run = partial(engine.generate, states, top_k=top_k, ranking=ranking, **arguments)
         setup = None
         if arguments.get("scheduler") == "closed_form":
             setup = collapse_seconds(engine, states[:1])

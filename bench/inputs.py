@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from bench.cases import CPU
 from fastdiff.config import ModelConfig
 from fastdiff.models.base import Histories
 
@@ -56,9 +57,10 @@ def draw_noise(*shape: int, seed: int = 2) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def draw_items(n_items: int, dim: int) -> Tensor:
-    """An item table `[N, D]` without structure that pruning could use; the cases of one size share it."""
-    return draw_noise(n_items, dim, seed=3)
+def draw_items(n_items: int, dim: int, device: torch.device = CPU) -> Tensor:
+    """An item table `[N, D]` without structure that pruning could use, drawn on `device` (each kind draws its own
+    numbers); the cases of one size share it."""
+    return torch.randn(n_items, dim, generator=torch.Generator(device).manual_seed(3), device=device)
 
 
 def some_of(batch: int, count: int) -> Tensor:

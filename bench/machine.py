@@ -29,7 +29,7 @@ ISA_FLAGS = {
 }
 """Flags of /proc/cpuinfo that decide how fast a row can be -> what the machine line calls them."""
 
-PACKAGES = ("numpy", "faiss-cpu", "implicit", "usearch")
+PACKAGES = ("numpy", "triton", "faiss-cpu", "implicit", "usearch")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -50,16 +50,55 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
     if "FASTDIFF_CPU_CAPABILITY" in os.environ:
         values["forced"] = os.environ["FASTDIFF_CPU_CAPABILITY"]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        values["interpreted"] = True
     if device.type == "cuda":
         values["gpu"] = torch.cuda.get_device_name(device)
         values["cuda"] = torch.version.cuda
+        values |= _gpu_facts(device)
     return values
+
+
+GPU_FIELDS = {
+    "driver": "driver_version",
+    "power_limit_w": "power.limit",
+    "most_sm_mhz": "clocks.max.sm",
+    "most_memory_mhz": "clocks.max.mem",
+}
+GPU_STATE = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "celsius": "temperature.gpu",
+    "used_mib": "memory.used",
+    "busy_per_cent": "utilization.gpu",
+}
+
+
+def _gpu_facts(device: torch.device) -> dict[str, Any]:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return {
+        "multiprocessors": properties.multi_processor_count,
+        "gpu_memory_gib": round(properties.total_memory / 2**30),
+        **nvidia_smi(GPU_FIELDS),
+    }
+
+
+def nvidia_smi(fields: dict[str, str]) -> dict[str, str]:
+    """What `nvidia-smi` says of the first GPU: our name -> its words; nothing where it cannot be asked."""
+    query = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (word.strip() for word in said.splitlines()[0].split(",")), strict=False))
 
 
 def identity(machine: dict[str, Any]) -> str:
     """What rows must share to be put into one table: the hardware, the instructions used, and the threads."""
     where = f"{machine['gpu']}, " if "gpu" in machine else ""
-    forced = f", fastdiff held to {machine['forced']}" if "forced" in machine else ""
+    forced = ", Triton interpreted" if machine.get("interpreted") else ""
+    forced += f", fastdiff held to {machine['forced']}" if "forced" in machine else ""
     return (
         f"{where}{machine['cpu']} ({machine['cores']} cores, {machine.get('isa') or machine['simd']}), "
         f"{machine['threads']} threads{forced}"

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.__main__ import device_of
+from bench.__main__ import device_of, refuse_interpreted
 from bench.baselines import Calls, Wrap, compiled_only
 from bench.bench_score_topk import score_topk_case
 from bench.calls import SOURCES, Call, record, tensors_in
 from bench.cases import GOLDEN, Absent, Case, Gate, Options, Provider, relative_error
+from bench.graphs import Replayed, graphed_only
 from bench.harness import Session, measure
 from bench.rows import append_rows
 from bench.timing import Budget
@@ -45,8 +46,8 @@ def op_case(op: Op, batch: int, dtype: torch.dtype = torch.float32, **sizes: int
         return score_topk_case(**{"n_items": 100_000, "k": 100, "batch": batch, **sizes})
     params: dict[str, int | str] = {"op": op.name, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
     build = partial(providers, op, batch, dtype, sizes)
-    others = (*OTHERS.get(op.name, ()), "fastdiff-compiled")
-    return Case("op", params, SOURCES[op.name].setting, build, (op,), others, ("fastdiff",))
+    others = (*OTHERS.get(op.name, ()), "fastdiff-compiled", "fastdiff-graphed")
+    return Case("op", params, SOURCES[op.name].setting, build, (op,), others, ("fastdiff", "fastdiff-graph"))
 
 
 def providers(
@@ -68,12 +69,20 @@ def providers(
         return replace(call, op=Op(op.name, wrap(op.reference))).on("torch"), None
 
     yield from compiled_only("fastdiff-compiled", compiled, check, options, **facts)
+    yield from graphed_only(partial(_captured, call, "torch"), check, options, **facts)
     for backend in BACKENDS:
         reason = op.why_not(backend, options.device, dtype)
+        if reason is None and backend == "triton":
+            captured = partial(_captured, call, backend)
+            yield from graphed_only(captured, check, options, "fastdiff-graph", backend, **facts)
         if reason is None:
             yield Provider("fastdiff", call.on(backend), check, backend=backend, **facts)
         else:
             yield Absent(f"fastdiff[{backend}]", reason)
+
+
+def _captured(call: Call, backend: str) -> Calls:
+    return Replayed(call.on(backend)), None
 
 
 def _check(call: Call, output: Any) -> Callable[[Any], Gate]:
@@ -113,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--batch", nargs="+", type=int, metavar="B", default=BATCHES, help="users (1 32 256)")
     command.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     command.add_argument("--dtype", default="float32", choices=[*DTYPES], help="of the model (default float32)")
+    command.add_argument("--interpreted", action="store_true", help="measure even where TRITON_INTERPRET=1 is set")
     command.add_argument("--compile", action="store_true", help="plain PyTorch under torch.compile as well (minutes)")
     command.add_argument("--seconds", type=float, default=1.0, help="time spent per provider (default 1)")
     command.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
@@ -121,15 +131,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (op,) = (op for op in ALL if op.name == given.op)
     try:
         device = device_of(given.device)
+        refuse_interpreted(given.interpreted)
         cases = [op_case(op, batch, DTYPES[given.dtype]) for batch in given.batch]
     except ValueError as error:
         command.error(str(error))
     if given.threads is not None:
         torch.set_num_threads(given.threads)
     session = Session.open(Options(device, given.compile), Budget(seconds=given.seconds))
-    rows = [row for case in cases for row in measure(case, session)]
+    rows = []
+    for case in cases:
+        measured = measure(case, session)
+        rows += measured
+        if given.output is not None:
+            append_rows(measured, given.output)
     if given.output is not None:
-        append_rows(rows, given.output)
         print(f"\n{len(rows)} rows appended to {given.output}")
     wrong = sorted({row["provider"] for row in rows if row["status"] != "ok"})
     if wrong:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops.score_topk import UserLists
@@ -40,6 +41,53 @@ def torch_topk(query: Tensor, item_emb: Tensor, k: int) -> Found:
     """By way of all scores `[B, N]`."""
     scores, rows = torch.topk(torch.mm(query, item_emb.T), k, dim=1)
     return rows, scores
+
+
+TILE = 128
+SCORES_AT_ONCE = 8 << 30
+"""Bytes of scores that the rivals on a GPU hold at a time; more queries than that are scored in parts."""
+
+
+def torch_topk_tiles(query: Tensor, item_emb: Tensor, k: int) -> Found:
+    """The same, and exact: an item of the best k lies in one of the k tiles with the highest maxima, or in the rest."""
+    return _best_of_tiles(torch.mm(query, item_emb.T), k)
+
+
+def torch_topk_int8(query: tuple[Tensor, Tensor], item_emb: tuple[Tensor, Tensor], k: int) -> Found:
+    """Rows of int8 and their scales (`in_int8`), of queries and of items; the product takes 17 rows or more."""
+    rows, scale = query
+    some = F.pad(rows, (0, 0, 0, max(0, 32 - len(rows))))
+    products = torch._int_mm(some, item_emb[0].T)[: len(rows)]
+    found, scores = _best_of_tiles(products * item_emb[1], k)  # a query's own scale changes no order
+    return found, scores * scale[:, None]
+
+
+def in_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows rounded to 127 steps of their largest magnitude each, and the steps."""
+    scale = rows.abs().amax(1).clamp(min=1e-30) / 127
+    return (rows / scale[:, None]).round().to(torch.int8), scale
+
+
+def _best_of_tiles(scores: Tensor, k: int) -> Found:
+    n_rows = scores.shape[1]
+    tiles = n_rows // TILE
+    if tiles <= k:
+        best, rows = torch.topk(scores, k, dim=1)
+        return rows, best
+    tiled = scores[:, : tiles * TILE].unflatten(1, (tiles, TILE))
+    chosen = tiled.amax(2).topk(k, dim=1).indices
+    places = torch.arange(TILE, device=scores.device)
+    rows = (chosen[:, :, None] * TILE + places).flatten(1)
+    rest = torch.arange(tiles * TILE, n_rows, device=scores.device).expand(len(scores), -1)
+    rows = torch.cat([rows, rest], dim=1)
+    best, which = torch.topk(scores.gather(1, rows), k, dim=1)
+    return rows.gather(1, which), best
+
+
+def users_at_once(n_users: int, n_items: int, itemsize: int, device: torch.device) -> int:
+    """How many users' scores a rival holds together: all of them on a CPU, a power of two on a GPU."""
+    fitting = SCORES_AT_ONCE // (n_items * itemsize)
+    return n_users if device.type != "cuda" or n_users <= fitting else 1 << (fitting.bit_length() - 1)
 
 
 def torch_topk_denied(item_emb: Tensor, denied: UserLists, query: Tensor, k: int) -> Found:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench import machine
-from bench.cases import COMPILED
+from bench.cases import COMPILED, GRAPHED
 from bench.roofline import Achieved, achieved
 from bench.rows import Row, digits, label, per_cent, seconds, size
 
@@ -31,7 +31,7 @@ NONE = "-"
 def is_ours(row: Row) -> bool:
     """fastdiff as it is: neither under torch.compile, which is a rival, nor aside."""
     provider = str(row["provider"])
-    return provider.startswith(OURS) and not provider.endswith(COMPILED) and not row.get("aside")
+    return provider.startswith(OURS) and not provider.endswith((COMPILED, GRAPHED)) and not row.get("aside")
 
 
 def is_other(row: Row) -> bool:

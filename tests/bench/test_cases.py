@@ -6,13 +6,15 @@ import importlib.util
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_topk_lists, bench_yoochoose, peak
+from bench import bench_score_topk, bench_topk_lists, bench_yoochoose, graphs, peak, retrieval
 from bench.bench_adrec import adrec_case, adrec_config, loop_of_compiled_steps, sampler
+from bench.bench_adrec_generate import adrec_generate_case
 from bench.bench_cddrec import cddrec_case
 from bench.bench_dimerec import dimerec_case
 from bench.bench_dreamrec import chain_covariance, dreamrec_case, dreamrec_config, published_dreamrec
@@ -22,7 +24,7 @@ from bench.bench_score_topk import score_topk_case
 from bench.bench_tarec import tarec_case
 from bench.bench_topk_lists import topk_lists_case
 from bench.bench_yoochoose import yoochoose_case
-from bench.cases import Options, Provider, all_cases, ranking_error, relative_error
+from bench.cases import ON_A_GPU, Absent, Options, Provider, all_cases, ranking_error, relative_error
 from bench.harness import Session, check, measure
 from bench.inputs import draw_histories, draw_lengths, draw_noise, padded
 from bench.ours import our_models
@@ -35,6 +37,7 @@ from fastdiff.schedule import ScheduleConfig
 
 TINY = {
     "adrec": partial(adrec_case, lengths="beauty", num_train_timesteps=4, hidden_size=16, n_items=30, max_seq_len=9),
+    "adrec_generate": partial(adrec_generate_case, num_train_timesteps=4, hidden_size=16, n_items=400, max_seq_len=9),
     "cddrec": partial(cddrec_case, hidden_size=16, n_items=60),
     "dimerec": partial(dimerec_case, num_train_timesteps=5, hidden_size=8, n_items=30),
     "dreamrec": partial(dreamrec_case, num_train_timesteps=6, hidden_size=8, n_items=30),
@@ -64,9 +67,20 @@ def test_a_tiny_case_end_to_end(name: str, batch: int, session: Session, tmp_pat
 
 
 def test_every_subject_has_a_tiny_case() -> None:
-    assert {case.name for case in all_cases()} == set(TINY)
-    ids = [case.id for case in all_cases()]
-    assert len(set(ids)) == len(ids)
+    on_cpu, on_gpu = all_cases(), all_cases(torch.device("cuda"))
+    assert {case.name for case in [*on_cpu, *on_gpu]} == set(TINY)
+    for cases in (on_cpu, on_gpu):
+        ids = [case.id for case in cases]
+        assert len(set(ids)) == len(ids)
+
+
+def test_the_targets_of_a_gpu_are_all_cases() -> None:
+    """The sizes that issue 4 names."""
+    ids = {case.id for case in all_cases(torch.device("cuda"))}
+    sizes = [(n, dim, batch) for n in (10**6, 10**7) for dim in (64, 128) for batch in (1, 32, 1024, 8192)]
+    assert {f"score_topk/items={n}/dim={dim}/k=100/batch={batch}" for n, dim, batch in sizes} <= ids
+    assert {f"{name}/batch={batch}" for name in ("adrec/lengths=full", "adrec_generate") for batch in (1, 1024)} <= ids
+    assert {f"dreamrec/denoiser={kind}/batch={batch}" for kind in ("mlp1", "mlp2") for batch in (1, 1024)} <= ids
 
 
 def test_drawn_histories() -> None:
@@ -199,3 +213,58 @@ def test_a_lean_rival_of_tarec_agrees_with_the_published_one() -> None:
     (lean,) = [one for one in tarec_case(5, hidden_size=8, n_items=30).build(Options()) if one.name == "eager"]
     assert isinstance(lean, Provider)
     assert check(lean, Options()).gate.passed
+
+
+# --- what takes part on a GPU only, its parts on the CPU -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [200, 5000, 128 * 40])
+def test_selections_by_tiles_are_exact_or_as_exact_as_8_bits(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, table = draw_noise(9, 16, seed=4), draw_noise(items, 16, seed=3)
+    answer = Answer(query, table, 7)
+    for at_once in (9, 4):
+        monkeypatch.setattr(bench_score_topk, "users_at_once", lambda *_, at_once=at_once: at_once)
+        rivals = list(bench_score_topk.other_selections(query, table, 7, answer, 1.0))
+        assert [check(rival, Options()).gate.passed for rival in rivals] == [True] * 3
+        assert {rival.name for rival in rivals} < ON_A_GPU
+
+
+def test_the_scores_that_rivals_hold_are_bounded() -> None:
+    gpu = torch.device("cuda")
+    for n_users, n_items, itemsize in ((1, 10**7, 4), (8192, 10**7, 4), (8192, 10**6, 2), (1024, 10**6, 4)):
+        at_once = retrieval.users_at_once(n_users, n_items, itemsize, gpu)
+        assert 1 <= at_once <= n_users
+        assert at_once * n_items * itemsize <= retrieval.SCORES_AT_ONCE
+    assert retrieval.users_at_once(256, 10**7, 4, torch.device("cpu")) == 256
+
+
+def test_the_captured_loop_of_adrec_is_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played without a graph: its function is called on the inputs that would be copied."""
+
+    class Played:
+        def __init__(self, function: Any, *inputs: Tensor) -> None:
+            self.function = function
+
+        def __call__(self, *inputs: Tensor) -> Any:
+            return self.function(*inputs)
+
+    monkeypatch.setattr(graphs, "Replayed", Played)
+    config = adrec_config(num_train_timesteps=4, hidden_size=16, n_items=30, max_seq_len=9)
+    model = our_models(config, random_weights(config), torch.device("cpu"))["torch"]
+    histories = draw_histories(config, 3, "beauty")
+    draws = [draw_noise(5, 3, 16, seed=seed) for seed in (1, 2)]
+    expected = [sampler(model, histories, noise)() for noise in draws]
+    model.bound["denoise_attention_loop"] = graphs.loop_in_a_graph()
+    for noise, truth in zip(draws, expected, strict=True):
+        assert relative_error(sampler(model, histories, noise)(), truth) < 1e-6
+
+
+def test_what_cannot_be_captured_is_absent_and_says_why() -> None:
+    def make() -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    (one,) = graphs.graphed_only(make, lambda _: None, Options(torch.device("cuda")))
+    assert one == Absent(
+        "fastdiff-graphed", "it cannot be captured: RuntimeError: operation not permitted when stream is capturing"
+    )
+    assert not list(graphs.graphed_only(make, lambda _: None, Options()))

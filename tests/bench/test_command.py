@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import roofline
+from bench import machine, ops, roofline
 from bench.cases import Provider
 from bench.rows import read_rows
 from tests.bench.toys import CEILINGS, RIGHT, case_of, exact
@@ -25,7 +25,7 @@ def test_the_command_measures_appends_and_fails_on_WRONG(  # noqa: N802
     right = Provider("fastdiff", lambda: torch.ones(3), exact, backend="torch")
     wrong = Provider("published-compiled", lambda: torch.zeros(3), exact)
     monkeypatch.setattr(roofline, "ceilings", lambda _: CEILINGS)
-    monkeypatch.setattr(command, "all_cases", lambda: [case_of(RIGHT, right, wrong)])
+    monkeypatch.setattr(command, "all_cases", lambda device: [case_of(RIGHT, right, wrong)])
     output = tmp_path / "rows.jsonl"
     common = ["--seconds", "0.001", "--output", str(output)]
     assert command.main([*common, "--provider", "published", "fastdiff"]) == 0
@@ -39,7 +39,7 @@ def test_the_command_measures_appends_and_fails_on_WRONG(  # noqa: N802
 def test_a_run_ends_with_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Provider("fastdiff", lambda: torch.ones(3), exact, backend="torch")
     monkeypatch.setattr(roofline, "ceilings", lambda _: CEILINGS)
-    monkeypatch.setattr(command, "all_cases", lambda: [case_of(RIGHT, right)])
+    monkeypatch.setattr(command, "all_cases", lambda device: [case_of(RIGHT, right)])
     assert command.main(["--seconds", "0.001"]) == 0
     assert len(read_rows(tmp_path / "cpu.jsonl")) == 2
     assert "fastdiff[torch]" in (tmp_path / "cpu.md").read_text(encoding="utf-8")
@@ -69,3 +69,15 @@ def test_list_measures_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "adrec/lengths=full/batch=32" in text
     assert "faiss-tuned" in text
+
+
+def test_interpreted_kernels_are_not_timed_unasked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for main in (lambda: command.main(["--case", "score_topk"]), lambda: ops.main(["row_linear"])):
+        with pytest.raises(SystemExit):
+            main()
+        assert "kernels are interpreted here, which says nothing of their time" in capsys.readouterr().err
+    assert machine.facts(torch.device("cpu"))["interpreted"]
+    assert "Triton interpreted" in machine.identity(machine.facts(torch.device("cpu")))
