@@ -46,9 +46,9 @@ PARTS = ("build", "tests", "sanitizer", "tune", "ops", "bench")
 LEAST_SECONDS = 20
 """With less time than that left, no job is started."""
 SANITIZER = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
-_FAILED = r"(?:FAILED|ERROR)"
+_BAD = r"(?:FAILED|ERROR)"
 FAILED_TEST = re.compile(
-    rf"^(?:{_FAILED} (tests/.+?)(?: - .*)?|\[gw\d+\] \[ *\d+%\] {_FAILED} (tests/.+?) *|(tests/.+?) {_FAILED} .*)$",
+    rf"^(?:{_BAD} (tests/.+?)(?: - .*)?|\[gw\d+\] \[ *\d+%\] {_BAD} (tests/.+?) *|(tests/.+?) {_BAD} .*)$",
     re.M,
 )
 """What pytest says of one: at the end, and as they end with and without workers, for a run that is killed."""

@@ -52,7 +52,7 @@ def user_of(o_row, p_ends, n_users, search_step):
     search_step  a power of two above n_users / 2, with which the search begins
     """
     b_user = tl.zeros_like(o_row)
-    step = tl.to_tensor(search_step)
+    step = tl.full([], search_step, tl.int32)
     while step > 0:
         b_next = b_user + step
         m_next = b_next <= n_users

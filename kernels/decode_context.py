@@ -211,7 +211,7 @@ def _update_kernel(
     if START != 0:
         b_x = _draw(p_start, 0, start_stride, p_seed, p_row_key, p_sample, 0, 0, o_row, m_row, START, D, BLOCK_D)
     for i in range(n_steps):
-        i_step = tl.to_tensor(i).to(tl.int64)
+        i_step = tl.full([], i, tl.int64)
         c_out, c_xt, c_noise = tl.load(p_coef + 3 * i), tl.load(p_coef + 3 * i + 1), tl.load(p_coef + 3 * i + 2)
         p_mean = p_means + (i_step * n_users + o_user)[:, None] * D + o_dim[None, :]
         b_x = c_out * tl.load(p_mean, mask=mask, other=0.0) + tl.where(c_xt == 0.0, 0.0, c_xt * b_x)

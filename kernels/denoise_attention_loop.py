@@ -149,7 +149,7 @@ def _denoise_attention_loop_kernel(
                 b_noise = normal_rows(tl.load(p_seed), b_row_key, b_sample, 1 + step, BLOCK_D)
                 b_noise = tl.where(mask, b_noise, 0.0)
             else:
-                p_draw = p_noise + tl.to_tensor(step).to(tl.int64) * noise_step_stride
+                p_draw = p_noise + tl.full([], step, tl.int64) * noise_step_stride
                 p_draw += o_row[:, None] * noise_row_stride + o_dim[None, :]
                 b_noise = tl.load(p_draw, mask=mask, other=0.0).to(tl.float32)
             b_x += c_noise * b_noise

@@ -118,7 +118,7 @@ def _denoise_mlp_kernel(
         stay = 0
         if STREAMED:
             stay = tl.minimum(i, 0)  # which is 0, but keeps loads of weights in the loop
-        p_now = p_time + tl.to_tensor(i).to(tl.int64) * HIDDEN_PADDED + o_hidden
+        p_now = p_time + tl.full([], i, tl.int64) * HIDDEN_PADDED + o_hidden
 
         if N_LAYERS == 0:
             m_hidden = m_row[:, None] & (o_hidden < HIDDEN)[None, :]
@@ -165,7 +165,7 @@ def _denoise_mlp_kernel(
                 if NOISE == "drawn":
                     b_noise = draw_rows(seed, b_key, b_sample, 1 + i, m_x, p_cond.dtype.element_ty)
                 else:
-                    p_step = p_given + tl.to_tensor(i).to(tl.int64) * given_step_stride
+                    p_step = p_given + tl.full([], i, tl.int64) * given_step_stride
                     p_rows = p_step + o_row[:, None] * given_row_stride
                     b_noise = tl.load(p_rows + o_dim[None, :], mask=m_x, other=0.0).to(tl.float32)
                 b_x += c_noise * b_noise

@@ -16,12 +16,13 @@ from fastdiff.kernels.runtime import device_int, next_power_of_2
 _NUMBERS = 2048  # that one program makes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_draw", "n_rows"])
 def _philox_normals_kernel(
     p_seed, p_row_key, p_sample, p_out, first_draw, n_rows, dim, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    i_rows, i_draw = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    o_row = i_rows * BLOCK_R + tl.arange(0, BLOCK_R)
+    n_programs = tl.cdiv(n_rows, BLOCK_R)  # of a draw
+    i_draw = (tl.program_id(0) // n_programs).to(tl.int64)
+    o_row = (tl.program_id(0) % n_programs).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     m_row = o_row < n_rows
     b_key = tl.load(p_row_key + o_row, mask=m_row, other=0)
     b_sample = tl.load(p_sample + o_row, mask=m_row, other=0)
@@ -39,7 +40,8 @@ def philox_normals(
     normals = torch.empty(n_draws, n_rows, dim, device=row_key.device)
     if normals.numel():
         block_r, block_d = _blocks(n_rows, dim)
-        _philox_normals_kernel[(triton.cdiv(n_rows, block_r), n_draws)](
+        _philox_normals_kernel[(triton.cdiv(n_rows, block_r) * n_draws,)](  # only the first axis is long enough
+
             device_int(seed, row_key.device),
             row_key.contiguous(),
             sample.contiguous(),

@@ -121,7 +121,7 @@ def _exact_part(
     # the units of this part are groups of rows, or listed rows
     UNIT: tl.constexpr = 1 if HAS_CANDIDATES else GROUP
     start = tl.full([], 0, tl.int64)
-    all_units = (tl.to_tensor(n_rows).to(tl.int64) + GROUP - 1) // GROUP
+    all_units = (tl.full([], n_rows, tl.int64) + GROUP - 1) // GROUP
     if HAS_CANDIDATES:
         start = tl.load(p_candidate_offsets + i_query)
         all_units = tl.load(p_candidate_offsets + i_query + 1) - start
@@ -203,13 +203,13 @@ def _exact_part(
         n += tl.sum(b_one, 0)
         if n > key_width - BLOCK_R:
             floor = cut(p_keys, n, k, BLOCK_K)
-            n = tl.to_tensor(k).to(tl.int64)
+            n = tl.full([], k, tl.int64)
 
     if LISTED:  # by many parts, each of which adds its k best at most
         more = n > k
         if more:
             cut(p_keys, n, k, BLOCK_K)
-            n = tl.to_tensor(k).to(tl.int64)
+            n = tl.full([], k, tl.int64)
     tl.debug_barrier()
     if n > 0:
         place = tl.atomic_add(p_n_found + i_query, n.to(tl.int32))

@@ -67,7 +67,7 @@ def _prepare_kernel(
 ):
     """One program per query: its operand, its slack, its first floor and state."""
     i_query = tl.program_id(0).to(tl.int64)
-    wide = tl.to_tensor(dim).to(tl.float64)
+    wide = tl.full([], dim, tl.float64)
     p_query += i_query * dim
     o_block = tl.arange(0, BLOCK_D)
     b_squares, b_largest = tl.zeros([BLOCK_D], tl.float64), tl.zeros([BLOCK_D], tl.float32)

@@ -121,7 +121,7 @@ def _scan_tiles(
     if CHUNK > 0:
         chunk = tl.load(p_chunks + (start + i_program * step) * BLOCK_N // CHUNK, mask=i_program < n_visited, other=0)
     for i in range(i_program, n_visited, n_programs):
-        first = (start + tl.to_tensor(i).to(tl.int32) * step) * BLOCK_N
+        first = (start + tl.full([], i, tl.int32) * step) * BLOCK_N
         # rows beyond the last are the last once more, which changes no maximum
         b_row = tl.minimum(o_row, n_rows - 1 - first)
         p_tile = p_rows + first.to(tl.int64) * row_stride

@@ -88,7 +88,7 @@ def _raise_kernel(
     state = tl.load(p_state + i_query)
     served = state == (OVERFLOWED if SECOND else 0)
     if served:
-        rank = tl.to_tensor(k).to(tl.int64)
+        rank = tl.full([], k, tl.int64)
         if HAS_EXCLUDE:
             rank += tl.load(p_exclude_offsets + i_query + 1) - tl.load(p_exclude_offsets + i_query)
         p_entries += i_query * n_programs * slots
