@@ -11,7 +11,7 @@ to memory in S steps is x_0.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 import triton
@@ -22,7 +22,6 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.kernels.causal_transformer import (
     CASES,
     DTYPES,
-    OPTIONS,
     BlockSizes,
     finish_block,
     packed_blocks,
@@ -31,10 +30,12 @@ from fastdiff.kernels.causal_transformer import (
 )
 from fastdiff.kernels.normals import normal_rows
 from fastdiff.kernels.packing import coef_on
+from fastdiff.kernels.padded_transformer import dtype_key
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import device_int, rows_together
 from fastdiff.kernels.sampler_step import unit_rows
-from fastdiff.noise import Noise
+from fastdiff.kernels.tuning import Config, Key, Problem, bucket, choose
+from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.ops.causal_transformer import BlockWeights
 from fastdiff.ops.denoise_attention_loop import CausalPrefix
 from fastdiff.ops.step_noise import step_noise
@@ -243,6 +244,7 @@ def denoise_attention_loop(
     if draws.row_key is not None and draws.sample is not None:
         seed, row_key, sample = device_int(draws.seed, device), draws.row_key.contiguous(), draws.sample.contiguous()
     programs = triton.cdiv(n_rows * passes, _ROWS)
+    config = choose("denoise_attention_loop", _key(programs, stack.sizes, x_t.dtype), _candidates, device)
     scratch = x_t.new_empty(programs * _ROWS * (2 * stack.sizes.block_d + stack.sizes.block_e))
     _denoise_attention_loop_kernel[(programs,)](
         x_t,
@@ -278,50 +280,97 @@ def denoise_attention_loop(
         UNIFORM=prefix.uniform is not None,
         PHILOX=draws.row_key is not None,
         NORMALIZE=normalize,
-        **_configuration(stack.sizes, x_t.dtype),
+        BLOCK_R=_ROWS,
+        **stack.sizes.constants(),
+        **config.launch(),
     )
     return x_0
 
 
-def _configuration(sizes: BlockSizes, dtype: torch.dtype) -> dict[str, Any]:
-    """Tiles of weights and slots. With a warp for every 16 of a row's dims, the slots of a tile lie in one thread."""
-    half = dtype != torch.float32
-    wide = sizes.block_d > 128
-    num_warps = min(8, max(4, sizes.block_e // 16))
-    return {
-        **sizes.constants(),
-        "BLOCK_R": _ROWS,
-        "BLOCK_F": min(sizes.padded_hidden, (32 if wide else 64) if half else 16),
-        "BLOCK_K": 32 if half and sizes.block_d >= 32 else 16,
-        "BLOCK_P": 4 if half and not wide else 2,
-        "num_warps": num_warps,
-        "num_stages": 3,
+def _key(programs: int, sizes: BlockSizes, dtype: torch.dtype) -> Key:
+    return bucket(programs, most=1024), sizes.block_d, sizes.block_e, sizes.padded_hidden, dtype_key(dtype)
+
+
+def _candidates(programs: int, block_d: int, block_e: int, padded_hidden: int, dtype: str) -> list[Config]:
+    """Tiles of weights and slots. With a warp for every 16 of a row's dims, the slots of a tile lie in one thread; then
+    other numbers of warps, of slots and of weights in flight, for a GPU to say."""
+    half, wide = dtype != "float32", block_d > 128
+    num_warps = min(8, max(4, block_e // 16))
+    block_p = 4 if half and not wide else 2
+    block_f = min(padded_hidden, (32 if wide else 64) if half else 16)
+
+    def config(warps: int, block_p: int, block_f: int, stages: int = 3) -> Config:
         # else ptxas spills to make room for another program; with 8 warps it chooses better but for bfloat16
-        "maxnreg": 255 if num_warps == 4 or dtype == torch.bfloat16 else None,
-    }
+        registers = 255 if warps == 4 or dtype == "bfloat16" else None
+        blocks = {"BLOCK_F": block_f, "BLOCK_K": 32 if half and block_d >= 32 else 16, "BLOCK_P": block_p}
+        return Config(blocks, warps, stages, registers)
+
+    return [
+        config(num_warps, block_p, block_f),
+        config(12 - num_warps, block_p, block_f),
+        config(num_warps, 6 - block_p, block_f),
+        config(num_warps, block_p, block_f, 2),
+        *([config(num_warps, block_p, 32)] if block_f == 64 else []),
+    ]
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times: ADRec's published sizes, windows full."""
+    dim, heads, slots, n_blocks = 128, 4, 49, 2
+    for dtype in DTYPES.values():
+        for users, steps in ((16, 2), (1024, 32), (16384, 32)):
+
+            def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype)
+
+            ones, zeros = torch.ones(dim, dtype=dtype, device=device), torch.zeros(3 * dim, dtype=dtype, device=device)
+            block = BlockWeights(
+                *(drawn(3 * dim, dim), zeros, drawn(dim, dim), zeros[:dim], (ones, zeros[:dim])),
+                *(drawn(4 * dim, dim), drawn(4 * dim), drawn(dim, 4 * dim), zeros[:dim], (ones, zeros[:dim])),
+                n_heads=heads,
+            )
+            prefix = CausalPrefix(
+                drawn(1, users, dim),
+                drawn(n_blocks, 1, users * slots, 2 * dim),
+                torch.full((users,), slots, device=device),
+                drawn(n_blocks, 1, 2 * dim),
+                torch.zeros(users, dtype=dtype, device=device),
+                None,
+                heads,
+            )
+            keys = torch.arange(users, device=device)
+            coef = torch.full((steps, 3), 0.3, dtype=torch.float64)
+            noise = PhiloxNoise(1, keys, keys * 0, dim, dtype)
+            x_t, time = drawn(users, dim), drawn(steps, dim)
+            arguments = (x_t, (block,) * n_blocks, prefix, 1.0, 0.001, time, coef, False, noise)
+            key = _key(triton.cdiv(users, _ROWS), BlockSizes.of(block), dtype)
+            run = partial(denoise_attention_loop, *arguments)
+            yield Problem("denoise_attention_loop", key, _candidates(*key), run)  # type: ignore[arg-type]
 
 
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
     for name, sizes in CASES:
         for passes in (1, 2):
-            configuration = _configuration(sizes, DTYPES[name])
-            options = {key: configuration.pop(key) for key in OPTIONS}
             floating = ("x_t", "x_0", "cond", "time", "matrices", "keys_values", "pad", "log_pads", "noise", "scratch")
-            yield Case(
-                f"{name} D={sizes.dim} H={sizes.n_heads} G={passes} {'philox' if passes == 1 else 'given'}",
-                _denoise_attention_loop_kernel,
-                {
-                    **{f"p_{key}": f"*{name}" for key in floating},
-                    **dict.fromkeys(("p_coef", "p_vectors"), "*fp32"),
-                    **dict.fromkeys(("p_lengths", "p_ends", "p_seed", "p_row_key", "p_sample"), "*i64"),
-                    "p_uniform": "*u8",
-                    **dict.fromkeys(("noise_step_stride", "noise_row_stride", "n_rows", "samples"), "i32"),
-                    **dict.fromkeys(("n_users", "n_slots", "n_steps", "n_blocks"), "i32"),
-                    **dict.fromkeys(("guidance_scale", "input_scale", "eps"), "fp32"),
-                },
-                {"G": passes, "UNIFORM": True, "PHILOX": passes == 1, "NORMALIZE": passes == 2, **configuration},
-                options,
-                hot=sizes.dim <= 128,
-                tensor_core=name != "fp32",
-            )
+            kinds = {"G": passes, "UNIFORM": True, "PHILOX": passes == 1, "NORMALIZE": passes == 2, "BLOCK_R": _ROWS}
+            candidates = _candidates(1, sizes.block_d, sizes.block_e, sizes.padded_hidden, dtype_key(DTYPES[name]))
+            for i, config in enumerate(candidates if passes == 1 else candidates[:1]):
+                yield Case(
+                    f"{name} D={sizes.dim} H={sizes.n_heads} G={passes} {'philox' if passes == 1 else 'given'}"
+                    + (f" {config.words()} stages={config.num_stages}" if i else ""),
+                    _denoise_attention_loop_kernel,
+                    {
+                        **{f"p_{key}": f"*{name}" for key in floating},
+                        **dict.fromkeys(("p_coef", "p_vectors"), "*fp32"),
+                        **dict.fromkeys(("p_lengths", "p_ends", "p_seed", "p_row_key", "p_sample"), "*i64"),
+                        "p_uniform": "*u8",
+                        **dict.fromkeys(("noise_step_stride", "noise_row_stride", "n_rows", "samples"), "i32"),
+                        **dict.fromkeys(("n_users", "n_slots", "n_steps", "n_blocks"), "i32"),
+                        **dict.fromkeys(("guidance_scale", "input_scale", "eps"), "fp32"),
+                    },
+                    {**kinds, **sizes.constants(), **config.constants},
+                    config.options(),
+                    hot=sizes.dim <= 128 and i == 0,  # another one is taken only where it was measured to be faster
+                    tensor_core=name != "fp32",
+                )

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import activate, layer_norm_rows, linear_rows, rows_dot
 from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together, shared_memory
 from fastdiff.kernels.sampler_step import unit_rows
+from fastdiff.kernels.tuning import Config, Key, Problem, bucket, choose
 from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights
 from fastdiff.ops.step_noise import step_noise
@@ -237,10 +239,9 @@ def denoise_mlp_loop(
     if x_0.numel() == 0:
         return x_0
     from_philox = drawn.row_key is not None and (x_t is None or last_draw >= 0)
-    constants, options = _choose(
-        n_rows, network.constants, cond.element_size(), multiprocessors(cond.device), shared_memory(cond.device)
-    )
-    _denoise_mlp_kernel[(triton.cdiv(n_rows, constants["BLOCK_R"]),)](
+    key = _key(n_rows, network.constants, cond.element_size(), cond.device)
+    config = choose("denoise_mlp_loop", key, _candidates, cond.device)
+    _denoise_mlp_kernel[(triton.cdiv(n_rows, config.constants["BLOCK_R"]),)](
         cond if x_t is None else x_t,
         cond,
         cond if uncond is None else uncond,
@@ -269,10 +270,30 @@ def denoise_mlp_loop(
         NORMALIZE=sampler.normalize,
         NORMALIZE_BEFORE=sampler.normalize_before,
         NORMALIZE_START=sampler.normalize_start,
-        **constants,
-        **options,
+        **network.constants,
+        **config.launch(),
     )
     return x_0
+
+
+def _key(n_rows: int, network: dict[str, Any], itemsize: int, device: torch.device) -> Key:
+    sizes = (network["BLOCK_D"], network["HIDDEN_PADDED"], *network["WIDTHS"])
+    return bucket(n_rows), itemsize, multiprocessors(device), shared_memory(device), *sizes
+
+
+def _candidates(
+    rows: int, itemsize: int, processors: int, shared: int, block_d: int, padded: int, *widths: int
+) -> list[Config]:
+    """What `_choose` says first; then other numbers of warps, and of weights in flight, for a GPU to say."""
+    network = {"BLOCK_D": block_d, "HIDDEN_PADDED": padded, "WIDTHS": widths}
+    constants, options = _choose(rows, network, itemsize, processors, shared)
+    blocks = {name: value for name, value in constants.items() if name not in network}
+    warps, stages, registers = options["num_warps"], options["num_stages"], options.get("maxnreg")
+    return [
+        Config(blocks, warps, stages, registers),
+        Config(blocks, 12 - warps, stages, registers),
+        Config(blocks, warps, stages - 1 if stages > 1 else 2, registers),
+    ]
 
 
 def _choose(
@@ -353,45 +374,78 @@ def _shape(dim: int, hidden: int, widths: list[int]) -> dict[str, Any]:
     }
 
 
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times: DreamRec's and TA-Rec's networks, guided, draws made inside."""
+    for dtype in (torch.float32, torch.float16):
+        for rows, steps, dim, widths in (
+            (1, 3, 64, ()),
+            (1024, 500, 64, ()),
+            (64, 500, 64, (256,)),
+            (1024, 500, 64, (256,)),
+            (8192, 50, 64, (256,)),
+            (1024, 50, 128, (512,)),
+        ):
+
+            def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype)
+
+            first = widths[0] if widths else dim
+            layers = ((drawn(dim, first), drawn(dim)),) if widths else ()
+            coef = torch.full((steps, 3), 0.3, dtype=torch.float64)
+            sampler = MLPSampler(MLPWeights(drawn(first, dim), layers), drawn(steps, first), coef, normalize=True)
+            keys = torch.arange(rows, device=device)
+            noise = PhiloxNoise(1, keys, keys * 0, dim, dtype)
+            uncond = drawn(1, first) if widths else None
+            key = _key(rows, _pack_network(sampler.mlp).constants, dtype.itemsize, device)
+            run = partial(denoise_mlp_loop, None, sampler, drawn(rows, first), uncond, 3.0, noise)
+            yield Problem("denoise_mlp_loop", key, _candidates(*key), run)  # type: ignore[arg-type]
+
+
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
     many, small = 1 << 20, 99 << 10
-    yield _case("fp32", 1, 64, (), NORMALIZE_BEFORE=True, NORMALIZE_START=True, START="given", NOISE="given")
-    yield _case("fp32", many, 64, (256,))
-    yield _case("fp32", 1, 64, (256, 64), GUIDED=True, ACTIVATION="tanh")
-    yield _case("fp32", 1, 128, (512,), GUIDED=True, NORM=True, ACTIVATION="silu")
-    yield _case("bf16", many, 64, ())
-    yield _case("fp16", 1, 64, (128,), GUIDED=True)
-    yield _case("fp16", many, 64, (256, 64), GUIDED=True, ACTIVATION="tanh")
-    yield _case("fp16", many, 128, (512,), GUIDED=True, NORM=True, ACTIVATION="silu")
-    yield _case("fp16", 1, 256, (512,))
-    yield _case("bf16", 1, 64, (256,))
-    yield _case("bf16", 1, 128, (256,), small)
-    yield _case("bf16", 1, 128, (256, 256, 128), ACTIVATION="relu")
+    yield from _cases("fp32", 1, 64, (), NORMALIZE_BEFORE=True, NORMALIZE_START=True, START="given", NOISE="given")
+    yield from _cases("fp32", many, 64, (256,))
+    yield from _cases("fp32", 1, 64, (256, 64), GUIDED=True, ACTIVATION="tanh")
+    yield from _cases("fp32", 1, 128, (512,), GUIDED=True, NORM=True, ACTIVATION="silu")
+    yield from _cases("bf16", many, 64, ())
+    yield from _cases("fp16", 1, 64, (128,), GUIDED=True)
+    yield from _cases("fp16", many, 64, (256, 64), GUIDED=True, ACTIVATION="tanh")
+    yield from _cases("fp16", many, 128, (512,), GUIDED=True, NORM=True, ACTIVATION="silu")
+    yield from _cases("fp16", 1, 256, (512,))
+    yield from _cases("bf16", 1, 64, (256,))
+    yield from _cases("bf16", 1, 128, (256,), small)
+    yield from _cases("bf16", 1, 128, (256, 256, 128), ACTIVATION="relu")
 
 
-def _case(
+def _cases(
     dtype: str, n_rows: int, dim: int, widths: tuple[int, ...], shared: int = 227 << 10, **changes: bool | str
-) -> Case:
+) -> Iterator[Case]:
     """`widths` of the hidden layers; the linear layer behind the last of them has `dim` outputs."""
     shape = _shape(dim, *((widths[0], [*widths[1:], dim]) if widths else (dim, [])))
     kinds = {"ACTIVATION": "gelu", "NORM": False, "GUIDED": False, "START": "drawn", "NOISE": "drawn"}
     sphere = {"NORMALIZE": True, "NORMALIZE_BEFORE": False, "NORMALIZE_START": False}
     itemsize = 4 if dtype == "fp32" else 2
-    constants, options = _choose(n_rows, shape, itemsize, 132, shared)
+    found = _candidates(n_rows, itemsize, 132, shared, shape["BLOCK_D"], shape["HIDDEN_PADDED"], *shape["WIDTHS"])
     floating = ("p_x_t", "p_cond", "p_uncond", "p_given", "p_w_in", "p_layers", "p_norm", "p_time", "p_x_0")
     strides = ("x_t_stride", "cond_stride", "uncond_stride", "given_step_stride", "given_row_stride")
     words = [str(value if isinstance(value, str) else name).lower() for name, value in changes.items()]
     words += ["small"] if shared < _ROOMY else []
-    return Case(
-        " ".join([f"{dtype} R={n_rows} D={dim} H={widths}", *words]),
-        _denoise_mlp_kernel,
-        dict.fromkeys(floating, f"*{dtype}")
-        | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
-        | {"p_coef": "*fp32"}
-        | dict.fromkeys(strides, "i32")
-        | {"guidance_scale": "fp32", "norm_eps": "fp32", "n_rows": "i32", "n_steps": "i32"},
-        constants | kinds | sphere | changes,
-        options,
-        tensor_core=itemsize == 2,
-    )
+    for i, config in enumerate(found):
+        yield Case(
+            " ".join([f"{dtype} R={n_rows} D={dim} H={widths}", *words, *([_words(config)] if i else [])]),
+            _denoise_mlp_kernel,
+            dict.fromkeys(floating, f"*{dtype}")
+            | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
+            | {"p_coef": "*fp32"}
+            | dict.fromkeys(strides, "i32")
+            | {"guidance_scale": "fp32", "norm_eps": "fp32", "n_rows": "i32", "n_steps": "i32"},
+            shape | kinds | sphere | changes | dict(config.constants),
+            config.options(),
+            hot=i == 0,  # another one is taken only where it was measured to be faster
+            tensor_core=itemsize == 2,
+        )
+
+
+def _words(config: Config) -> str:
+    return f"warps={config.num_warps} stages={config.num_stages}"

@@ -7,6 +7,7 @@ layer between them in blocks; a running softmax over the places; then one more p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from fastdiff.kernels.packing import block_of, blocks_of_64, pack_vector, pack_w
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import activate, rows_dot
 from fastdiff.kernels.runtime import next_power_of_2, require, rows_together
-from fastdiff.ops.encode_interests import InterestExtractor
+from fastdiff.kernels.tuning import Config, Problem, bucket, choose
+from fastdiff.ops.encode_interests import InterestAttention, InterestExtractor
 from fastdiff.per_object import packed
 
 _BLOCK_ROWS = 2048  # numbers that one program copies
@@ -146,7 +148,8 @@ def encode_interests(items: Tensor, lengths: Tensor, item_table: Tensor, extract
     positions, *layers = packed(extractor, _pack)
     require("encode_interests", "item_table", item_table, (item_table.shape[0], positions.shape[1]), positions.dtype)
     hidden = extractor.attention.up[1].shape[0]
-    constants, options = _choose(items.shape[1], dim, hidden, interests, item_table.element_size())
+    key = (bucket(items.shape[1], least=16), block_of(dim), blocks_of_64(hidden), item_table.element_size())
+    config = choose("encode_interests", key, _candidates, item_table.device)
     _interests_kernel[(n_users,)](
         *history,
         positions,
@@ -156,8 +159,8 @@ def encode_interests(items: Tensor, lengths: Tensor, item_table: Tensor, extract
         items.shape[1],
         extractor.pad_id,
         POSITIONS_IN_VALUES=extractor.attention.positions_in_values,
-        **constants,
-        **options,
+        **_constants(dim, hidden, interests, item_table.element_size()),
+        **config.launch(),
     )
     return g
 
@@ -177,22 +180,41 @@ def _pack(extractor: InterestExtractor) -> tuple[Tensor, Tensor, Tensor, Tensor,
     )
 
 
-def _choose(
-    n_places: int, dim: int, hidden: int, interests: int, itemsize: int
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The constants of the kernel that the sizes decide, and the options of its launch."""
-    block_d, padded = block_of(dim), blocks_of_64(hidden)
-    constants = {
+def _constants(dim: int, hidden: int, interests: int, itemsize: int) -> dict[str, Any]:
+    """The constants of the kernel that the sizes decide."""
+    return {
         "N_INTERESTS": interests,
         "DIM": dim,
-        "HIDDEN_PADDED": padded,
+        "HIDDEN_PADDED": blocks_of_64(hidden),
         "TILE": 16384 // itemsize,
-        "BLOCK_J": min(block_of(n_places), max(16, (2048 if itemsize == 4 else 4096) // block_d)),
-        "BLOCK_D": block_d,
-        "BLOCK_H": min(padded, 128 // itemsize),
+        "BLOCK_D": block_of(dim),
         "BLOCK_K": block_of(interests),
     }
-    return constants, {"num_warps": 4 if itemsize == 2 and block_d <= 64 else 8, "num_stages": 2}
+
+
+def _candidates(places: int, block_d: int, padded: int, itemsize: int) -> list[Config]:
+    most = max(16, (2048 if itemsize == 4 else 4096) // block_d)
+    warps = 4 if itemsize == 2 and block_d <= 64 else 8
+    found = {}
+    for numbers, chosen in ((most, warps), (most, 12 - warps), (max(16, most // 2), 4)):
+        blocks = {"BLOCK_J": min(places, numbers), "BLOCK_H": min(padded, 128 // itemsize)}
+        found[blocks["BLOCK_J"], chosen] = Config(blocks, chosen, num_stages=2)
+    return list(found.values())
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times: DimeRec's published sizes, and a longer window."""
+    for dtype in (torch.float32, torch.float16):
+        for places, dim, users in ((16, 64, 8), (64, 64, 2048), (64, 128, 2048)):
+            up, down = (torch.randn(*shape, device=device).to(dtype) / 16 for shape in ((4 * dim, dim), (4, 4 * dim)))
+            table = torch.randn(1000, dim, device=device).to(dtype)
+            zeros = torch.zeros(4 * dim, dtype=dtype, device=device)
+            attention = InterestAttention(table[:places].clone(), (up, zeros), (down, zeros[:4].clone()))
+            items = torch.randint(1, 1000, (users, places), device=device)
+            lengths = torch.full((users,), places, device=device)
+            run = partial(encode_interests, items, lengths, table, InterestExtractor(4, 0, attention))
+            key = (places, dim, 4 * dim, table.element_size())
+            yield Problem("encode_interests", key, _candidates(*key), run)
 
 
 def _copy_blocks(dim: int) -> tuple[int, int]:
@@ -213,17 +235,18 @@ def cases() -> Iterator[Case]:
         ("bf16", 50, 128, 4),
     ):
         itemsize = 4 if dtype == "fp32" else 2
-        constants, options = _choose(n_places, dim, 4 * dim, interests, itemsize)
-        yield Case(
-            f"{dtype} n={n_places} D={dim} K={interests}",
-            _interests_kernel,
-            history
-            | dict.fromkeys(("p_table", "p_g", *layers), f"*{dtype}")
-            | {name: sizes[name] for name in sizes if name != "n_rows"},
-            {"POSITIONS_IN_VALUES": True} | constants,
-            options,
-            tensor_core=itemsize == 2,
-        )
+        for i, config in enumerate(_candidates(block_of(n_places), dim, 4 * dim, itemsize)):
+            yield Case(
+                f"{dtype} n={n_places} D={dim} K={interests} {config.words()}",
+                _interests_kernel,
+                history
+                | dict.fromkeys(("p_table", "p_g", *layers), f"*{dtype}")
+                | {name: sizes[name] for name in sizes if name != "n_rows"},
+                {"POSITIONS_IN_VALUES": True, **_constants(dim, 4 * dim, interests, itemsize), **config.constants},
+                config.options(),
+                hot=i == 0,  # another one is taken only where it was measured to be faster
+                tensor_core=itemsize == 2,
+            )
     for dtype, dim in (("fp32", 64), ("fp16", 100)):
         block_r, block_d = _copy_blocks(dim)
         yield Case(

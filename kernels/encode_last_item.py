@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from fastdiff.kernels.packing import join, pack_vector
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import layer_norm_rows
 from fastdiff.kernels.runtime import next_power_of_2, require, rows_together
+from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 from fastdiff.ops.encode_last_item import LastItemBlock
 from fastdiff.per_object import packed
 
@@ -224,16 +226,18 @@ def encode_last_item(items: Tensor, lengths: Tensor, item_table: Tensor, block: 
         *history, weights.norms, query, query_in, *strides, n_users, block.pad_id, block.eps, **constants, **options
     )
     mixed = torch.empty_like(query_in)
-    attend, attend_options = _choose_attend(items.shape[1], dim)
+    key = (bucket(items.shape[1]), next_power_of_2(dim))
+    attend = choose("encode_last_item", key, _attend_candidates, items.device)
     _attend_kernel[(n_users,)](
         *history,
         F.linear(query_in, *weights.qk),
         mixed,
         *strides,
         block.pad_id,
+        DIM=dim,
         WINDOW=window,
-        **attend,
-        **attend_options,
+        BLOCK_D=next_power_of_2(dim),
+        **attend.launch(),
     )
     attention = F.linear(mixed, *weights.value)
     z, z_in = _two_rows(n_users, item_table)
@@ -289,11 +293,28 @@ def _choose_rows(dim: int) -> tuple[dict[str, int], dict[str, int]]:
     return {"DIM": dim, "BLOCK_B": max(1, _ROWS // block_d), "BLOCK_D": block_d}, {"num_warps": 4}
 
 
-def _choose_attend(n_places: int, dim: int) -> tuple[dict[str, int], dict[str, int]]:
-    block_d = next_power_of_2(dim)
-    block_j = min(next_power_of_2(n_places), max(1, _PLACES // block_d))
-    # without a word on registers, ptxas spills at 72 of them to fit more programs beside each other
-    return {"DIM": dim, "BLOCK_J": block_j, "BLOCK_D": block_d}, {"num_warps": 4, "maxnreg": 128}
+def _attend_candidates(places: int, block_d: int) -> list[Config]:
+    found = {}
+    for numbers, warps in ((_PLACES, 4), (_PLACES // 2, 2), (_PLACES // 2, 4), (_PLACES // 4, 1)):
+        block_j = min(places, max(1, numbers // block_d))
+        # without a word on registers, ptxas spills at 72 of them to fit more programs beside each other
+        found[block_j, warps] = Config({"BLOCK_J": block_j}, warps, maxnreg=128)
+    return list(found.values())
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times: attention of DreamRec's windows and of longer ones, whole op."""
+    for dtype in (torch.float32, torch.float16):
+        for places, dim, users in ((16, 64, 32), (64, 64, 4096), (64, 128, 4096)):
+            matrix, vector = torch.randn(dim, dim, device=device).to(dtype) / dim**0.5, torch.ones(dim, device=device)
+            pair = (matrix, vector.to(dtype))
+            norm = (vector.to(dtype), vector.to(dtype))
+            table = torch.randn(1000, dim, device=device).to(dtype)
+            block = LastItemBlock(table[:places].clone(), *[pair] * 4, *[norm] * 4, 0)
+            items = torch.randint(1, 1000, (users, places), device=device)
+            lengths = torch.full((users,), places, device=device)
+            run = partial(encode_last_item, items, lengths, table, block)
+            yield Problem("encode_last_item", (places, dim), _attend_candidates(places, dim), run)
 
 
 def cases() -> Iterator[Case]:
@@ -308,14 +329,20 @@ def cases() -> Iterator[Case]:
             | dict.fromkeys(sizes, "i32")
             | {"eps": "fp32"}
         )
-        attend, attend_options = _choose_attend(n_places, dim)
         rows, options = _choose_rows(dim)
-        for kernel in (_query_kernel, _attend_kernel, _residual_kernel, _finish_kernel):
-            attends = kernel is _attend_kernel
+        for kernel in (_query_kernel, _residual_kernel, _finish_kernel):
             yield Case(
                 f"{kernel.__name__[1:].removesuffix('_kernel')} {dtype} n={n_places} D={dim}",
                 kernel,
                 {name: types[name] for name in kernel.arg_names if name in types},
-                {**attend, "WINDOW": n_places} if attends else rows,
-                attend_options if attends else options,
+                rows,
+                options,
+            )
+        for config in _attend_candidates(next_power_of_2(n_places), next_power_of_2(dim)):
+            yield Case(
+                f"attend {dtype} n={n_places} D={dim} {config.words()}",
+                _attend_kernel,
+                {name: types[name] for name in _attend_kernel.arg_names if name in types},
+                {"DIM": dim, "WINDOW": n_places, "BLOCK_D": next_power_of_2(dim), **config.constants},
+                config.options(),
             )

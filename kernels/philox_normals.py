@@ -41,7 +41,6 @@ def philox_normals(
     if normals.numel():
         block_r, block_d = _blocks(n_rows, dim)
         _philox_normals_kernel[(triton.cdiv(n_rows, block_r) * n_draws,)](  # only the first axis is long enough
-
             device_int(seed, row_key.device),
             row_key.contiguous(),
             sample.contiguous(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import multiprocessors, require, rows_together
+from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 from fastdiff.ops.row_linear import LinearWeights
 from fastdiff.per_object import packed
 
 _TILES = ((64, 64), (32, 64), (16, 64), (16, 32), (16, 16))  # rows by outputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _row_linear_kernel(
     p_x,
     p_weight,
@@ -54,7 +56,9 @@ def row_linear(x: Tensor, layer: LinearWeights) -> Tensor:
     if y.numel() == 0:
         return y
     x = rows_together(x)
-    block_r, block_n = _tile(n_rows, n_out, multiprocessors(x.device))
+    key = (bucket(n_rows), bucket(n_out, least=16), x.element_size(), multiprocessors(x.device))
+    config = choose("row_linear", key, _candidates, x.device)
+    block_r, block_n = config.constants["BLOCK_R"], config.constants["BLOCK_N"]
     _row_linear_kernel[(triton.cdiv(n_rows, block_r), triton.cdiv(n_out, block_n))](
         x,
         weight,
@@ -64,11 +68,7 @@ def row_linear(x: Tensor, layer: LinearWeights) -> Tensor:
         n_rows,
         n_in,
         n_out,
-        BLOCK_R=block_r,
-        BLOCK_N=block_n,
-        BLOCK_K=_block_k(x.element_size()),
-        num_warps=4,
-        num_stages=3,
+        **config.launch(),
     )
     return y
 
@@ -77,16 +77,25 @@ def _pack(layer: LinearWeights) -> tuple[Tensor, Tensor]:
     return layer.weight.detach().contiguous(), layer.bias.detach().contiguous()
 
 
-def _tile(n_rows: int, n_out: int, processors: int) -> tuple[int, int]:
-    """The largest tile of which there are as many as multiprocessors, or the smallest."""
-    for block_r, block_n in _TILES:
-        if triton.cdiv(n_rows, block_r) * triton.cdiv(n_out, block_n) >= processors:
-            return block_r, block_n
-    return _TILES[-1]
+def _candidates(rows: int, outputs: int, itemsize: int, processors: int) -> list[Config]:
+    """The largest tile of which there are as many as multiprocessors, or the smallest; then the other ones."""
+    enough = [tile for tile in _TILES if triton.cdiv(rows, tile[0]) * triton.cdiv(outputs, tile[1]) >= processors]
+    first = enough[0] if enough else _TILES[-1]
+    return [_config(*tile, itemsize) for tile in (first, *(tile for tile in _TILES if tile != first))]
 
 
-def _block_k(itemsize: int) -> int:
-    return 128 // itemsize
+def _config(block_r: int, block_n: int, itemsize: int) -> Config:
+    return Config({"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_K": 128 // itemsize})
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times."""
+    for dtype in (torch.float32, torch.float16):  # bfloat16 is as float16
+        for rows, n_in, n_out in ((1, 128, 512), (32, 128, 512), (1024, 128, 512), (1024, 64, 64), (8192, 128, 512)):
+            x, weight = (torch.randn(n, n_in, device=device).to(dtype) for n in (rows, n_out))
+            layer = LinearWeights(weight, torch.zeros(n_out, dtype=dtype, device=device))
+            key = (rows, n_out, x.element_size(), multiprocessors(device))
+            yield Problem("row_linear", key, _candidates(*key), partial(row_linear, x, layer))
 
 
 def cases() -> Iterator[Case]:
@@ -94,13 +103,14 @@ def cases() -> Iterator[Case]:
     for dtype, tiles in (("fp32", _TILES), ("fp16", _TILES), ("bf16", _TILES[:1])):
         itemsize = 4 if dtype == "fp32" else 2
         for block_r, block_n in tiles:
+            config = _config(block_r, block_n, itemsize)
             yield Case(
                 f"{dtype} {block_r} x {block_n}",
                 _row_linear_kernel,
                 dict.fromkeys(("p_x", "p_weight", "p_bias", "p_y"), f"*{dtype}")
                 | dict.fromkeys(("x_stride", "n_rows", "n_in", "n_out"), "i32"),
-                {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_K": _block_k(itemsize)},
-                {"num_warps": 4, "num_stages": 3},
+                config.constants,
+                config.options(),
                 tensor_core=itemsize == 2,
                 divisible=("p_x", "p_weight", "p_bias", "p_y", "x_stride", "n_in"),
             )

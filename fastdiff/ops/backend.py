@@ -13,6 +13,7 @@ PyTorch on the CPU because the C++ ops cannot be used, a UserWarning says so, on
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -127,8 +128,22 @@ class Op:
             )
         if backend == "torch":
             return BoundOp(self.name, backend, self.reference)
-        module, _, function = self.implementations[backend].partition(":")
-        return BoundOp(self.name, backend, getattr(importlib.import_module(module), function))
+        module, _, name = self.implementations[backend].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        return BoundOp(self.name, backend, function if device.index is None else _current_inside(device, function))
+
+
+def _current_inside(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with `device` as the current CUDA device: Triton launches on that one, wherever the tensors are."""
+    if device.type != "cuda":
+        return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,107 @@
+"""What launchers hand to their kernels on a device, seen without one: tensors are on "meta", and no kernel runs."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.calls import SOURCES, record
+from fastdiff import ops
+from fastdiff.ops.backend import Op, why_not
+from tests import devices
+from tests.devices import move
+
+if why_not("triton", "cuda") is not None:
+    pytest.skip(str(why_not("triton", "cuda")), allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from fastdiff.kernels import runtime
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+MOST_ALONG = (2**31 - 1, 65_535, 65_535)
+"""Programs along the axes of a grid (CUDA C++ Programming Guide, table 30)."""
+FEW_STEPS = {"num_train_timesteps": 5}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
+    """(kernel, grid, arguments) of every launch on a GPU that is played."""
+    if runtime.INTERPRETED:
+        pytest.skip("kernels are interpreted in this process")
+    seen: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        named = inspect.signature(kernel.fn).bind_partial(*arguments).arguments
+        seen.append((kernel.fn.__name__, grid, {**named, **keywords}))
+
+    gpu = SimpleNamespace(name="A GPU", multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
+    monkeypatch.setattr(JITFunction, "run", run)
+    runtime.multiprocessors.cache_clear()
+    runtime.shared_memory.cache_clear()
+    return seen
+
+
+def sizes_of(op: Op) -> dict[str, int]:
+    return FEW_STEPS if SOURCES[op.name].setting.startswith(("DreamRec", "ADRec")) else {}
+
+
+@pytest.mark.parametrize("batch", [1, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [op for op in ops.ALL if op.name in SOURCES], ids=lambda op: op.name)
+def test_every_tensor_of_a_launch_is_on_the_device_and_every_grid_fits(
+    op: Op, dtype: torch.dtype, batch: int, launches: list[tuple[str, tuple[int, ...], dict[str, Any]]]
+) -> None:
+    call = record(op, batch, CPU, dtype, **sizes_of(op))
+    arguments = {
+        name: value if name == devices.STAYS else move(value, "meta") for name, value in call.arguments.items()
+    }
+    output = op.bind("triton", "cuda", dtype).function(**arguments)
+    assert launches
+    for kernel, grid, given in launches:
+        elsewhere = [name for name, value in given.items() if isinstance(value, Tensor) and value.device != META]
+        assert elsewhere == [], kernel
+        assert all(1 <= n <= most for n, most in zip(grid, MOST_ALONG, strict=False)), (kernel, grid)
+        assert "num_warps" not in given or given["num_warps"] in (1, 2, 4, 8, 16)
+    if isinstance(output, Tensor):
+        assert output.device == META
+
+
+def test_any_number_of_draws_is_one_launch(launches: list[tuple[str, tuple[int, ...], dict[str, Any]]]) -> None:
+    from fastdiff.kernels.philox_normals import philox_normals
+
+    keys = torch.zeros(3, dtype=torch.int64, device="meta")
+    assert philox_normals(1, keys, keys, 0, 100_000, 4).shape == (100_000, 3, 4)
+    assert [grid for _, grid, _ in launches] == [(100_000,)]
+
+
+def test_an_op_of_another_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[Any] = []
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            current.append(self.device)
+
+        def __exit__(self, *_: Any) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    seen: list[list[Any]] = []
+    op = Op("row_linear", lambda: None, {"triton": "tests.test_kernel_launches:watched"})
+    monkeypatch.setattr("tests.test_kernel_launches.watched", lambda: seen.append(list(current)))
+    op.bind("triton", "cuda:1")()
+    op.bind("triton", "cuda")()
+    assert seen == [[torch.device("cuda:1")], []]
+
+
+def watched() -> None:
+    """What the test above binds."""
