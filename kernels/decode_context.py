@@ -99,7 +99,7 @@ def _draw(
     return b_draw
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_draw", "n_rows"])
 def _means_kernel(
     p_gathered,
     p_residual,
@@ -177,7 +177,7 @@ def _means_kernel(
     tl.store(p_y + (i_step * n_rows + o_row)[:, None] * D + o_dim[None, :], b_x.to(p_y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_draw", "n_steps", "n_users", "n_samples"])
 def _update_kernel(
     p_means,
     p_coef,

@@ -321,7 +321,9 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
         for users, steps in ((16, 2), (1024, 32), (16384, 32)):
 
             def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-                return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype)
+                scale = 1.0 / float(shape[-1]) ** 0.5
+                values: Tensor = (scale * torch.randn(*shape, device=device)).to(dtype)
+                return values
 
             ones, zeros = torch.ones(dim, dtype=dtype, device=device), torch.zeros(3 * dim, dtype=dtype, device=device)
             block = BlockWeights(

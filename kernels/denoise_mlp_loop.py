@@ -49,7 +49,7 @@ _WIDEST = 256  # block of features that a program's registers hold
 _ROOMY = 160 << 10  # bytes of shared memory of a data centre's GPUs, from which 128 KB of weights can stay in it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_steps"])
 def _denoise_mlp_kernel(
     p_x_t,
     p_cond,
@@ -387,7 +387,9 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
         ):
 
             def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-                return (torch.randn(*shape, device=device) / shape[-1] ** 0.5).to(dtype)
+                scale = 1.0 / float(shape[-1]) ** 0.5
+                values: Tensor = (scale * torch.randn(*shape, device=device)).to(dtype)
+                return values
 
             first = widths[0] if widths else dim
             layers = ((drawn(dim, first), drawn(dim)),) if widths else ()
@@ -397,7 +399,8 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
             noise = PhiloxNoise(1, keys, keys * 0, dim, dtype)
             uncond = drawn(1, first) if widths else None
             key = _key(rows, _pack_network(sampler.mlp).constants, dtype.itemsize, device)
-            run = partial(denoise_mlp_loop, None, sampler, drawn(rows, first), uncond, 3.0, noise)
+            arguments: tuple[Any, ...] = (None, sampler, drawn(rows, first), uncond, 3.0, noise)
+            run = partial(denoise_mlp_loop, *arguments)
             yield Problem("denoise_mlp_loop", key, _candidates(*key), run)  # type: ignore[arg-type]
 
 

@@ -38,7 +38,7 @@ _ROWS = 1024  # numbers of rows that a program norms
 _PLACES = 2048  # numbers of a history that a program reads at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_users", "pad_id"])
 def _query_kernel(
     p_items,
     p_lengths,
@@ -67,7 +67,7 @@ def _query_kernel(
     _store_twice(b_query, p_query, p_query_in, o_user[:, None] * DIM + o_dim[None, :], m_user[:, None] & m_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pad_id"])
 def _attend_kernel(
     p_items,
     p_lengths,
@@ -112,7 +112,7 @@ def _attend_kernel(
     tl.store(p_mixed + i_user * DIM + o_dim, b_mixed.to(p_mixed.dtype.element_ty), mask=m_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_users"])
 def _residual_kernel(
     p_query,
     p_attention,
@@ -136,7 +136,7 @@ def _residual_kernel(
     _store_twice(b_z, p_z, p_z_in, o_row, m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_users", "pad_id"])
 def _finish_kernel(
     p_items,
     p_lengths,
@@ -310,7 +310,7 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
             pair = (matrix, vector.to(dtype))
             norm = (vector.to(dtype), vector.to(dtype))
             table = torch.randn(1000, dim, device=device).to(dtype)
-            block = LastItemBlock(table[:places].clone(), *[pair] * 4, *[norm] * 4, 0)
+            block = LastItemBlock(table[:places].clone(), pair, pair, pair, pair, norm, norm, norm, norm, 0)
             items = torch.randint(1, 1000, (users, places), device=device)
             lengths = torch.full((users,), places, device=device)
             run = partial(encode_last_item, items, lengths, table, block)

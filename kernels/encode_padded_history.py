@@ -107,7 +107,7 @@ def _embedded(
     return layer_norm(b_x, p_norm, p_norm + BLOCK_D, eps, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "pad_id"])
 def _embed_kernel(
     p_items,
     p_lengths,
@@ -153,7 +153,7 @@ def _embed_kernel(
     tl.store(p_narrow + o_out, b_x.to(p_narrow.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pad_id"])
 def _attend_kernel(
     p_items,
     p_lengths,
@@ -216,7 +216,7 @@ def _attend_kernel(
     tl.store(p_has_key + i_user, (tl.max(b_weights, axis=0) > 0.0).to(tl.int8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _finish_kernel(
     p_gathered,
     p_residual,

@@ -18,7 +18,7 @@ from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.per_object import packed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _sample_affine_kernel(
     p_cond,
     p_uncond,

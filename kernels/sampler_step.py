@@ -18,7 +18,7 @@ from fastdiff.kernels.tuning import Config, Problem, bucket, choose
 _NUMBERS = (4096, 2048, 1024)  # of a tensor, that one program may read
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _sampler_step_kernel(
     p_output,
     p_x_t,
