@@ -28,13 +28,14 @@ READY := build/ready-$(ASKED)
 GONE := $(if $(wildcard fastdiff/libfastdiff.so),,again)
 CPP := $(sort $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cpu/*.cpp csrc/cpu/*.h csrc/python/*.cpp csrc/python/*.h))
 
-.PHONY: help demo test check bench lint build clean check-environment again
+.PHONY: help demo test check bench gpu lint build clean check-environment again
 
 help:
 	@echo "make demo    recommendations from the model that ships with fastdiff, and how good they are (seconds)"
 	@echo "make test    the tests (minutes); ARGS='tests/ops -x' goes to pytest"
 	@echo "make check   what takes longer: every CPU level, sanitizers, other compilers, Triton kernels, many threads (10 minutes)"
 	@echo "make bench   time fastdiff against the published algorithms"
+	@echo "make gpu     on a machine with an NVIDIA GPU: tests, sanitizer, tuning and times; call it again to go on"
 	@echo "make lint    ruff, ruff format --check, mypy --strict"
 	@echo "make build   only the C++ parts, such as after a compiler was installed; the environment stays"
 	@echo "make clean   remove .venv, builds and caches"
@@ -58,6 +59,9 @@ check: $(READY)
 
 bench: $(READY)
 	@$(PY) -m bench $(ARGS)
+
+gpu: $(READY)
+	@$(PY) -m bench.gpu --output build/gpu $(ARGS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .
