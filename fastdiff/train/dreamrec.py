@@ -17,9 +17,11 @@ empty history. With h the encoded history, x = E[y], t ~ U{0 .. T-1} and noise ~
 What is ours, and off by default (`ranking_weight`, `stop_gradient`). All embeddings equal is an optimum of L_diff, and
 a table that is learned by it shrinks. So
 
-    L = E mean_D (sg(x) - f(sg(x_t), h', t))^2 + ranking_weight E -log softmax(f(x_t, h', t) . E / sqrt(D))[y]
+    L = E mean_D (sg(x) - f(sg(x_t), h', t))^2 + ranking_weight E -log softmax(x^ . E / temperature)[y]
 
-has the cross-entropy of what the engine ranks by, over the whole catalogue, to place the embeddings.
+has the cross-entropy of what the engine ranks by, over the whole catalogue, to place the embeddings. x^ is the estimate
+f(x_t, h', t), or, with `ranking_at` "last", f(noise, h', T-1) of another noise: what a sampler in one step would rank
+by, and without x_t, which at small t gives y away.
 
 The encoder is causal and pads stand on the right, so one pass over the first L + 1 items of a sequence encodes all
 their prefixes; only later items, whose window slides, need a pass of their own, for one query. Each instance still
@@ -40,10 +42,13 @@ from torch import Tensor, nn
 
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import DreamRecConfig, default_generation_config
+from fastdiff.errors import InvalidArgument
 from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.schedule import ScheduleConfig
 from fastdiff.train.data import Numbers, TrainingData, windows
 from fastdiff.train.recipe import Recipe, Settings, Stage
+
+RANKINGS_AT = ("drawn", "last")
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,10 @@ class DreamRecSettings(Settings):
                          256 instances)
     validate_every       epochs between validations; `patience` of them without a better NDCG@20 end the training
     ranking_weight       ours: weight of the cross-entropy over the catalogue; 0 is the paper
+    ranking_at           ours: "drawn", the cross-entropy of the estimate at t; "last", of one call on pure noise
+    ranking_temperature  ours: None is sqrt(D)
     stop_gradient        ours: L_diff takes the embeddings as they are, and does not move them; False is the paper
-    embedding_std        of the item table at the start; 1 is the authors'
+    embedding_std        of items, positions and null token at the start; 1 is the authors'
     cosine_epochs        the learning rate falls along half a cosine of so many epochs; None, as the authors: constant
     """
 
@@ -82,9 +89,17 @@ class DreamRecSettings(Settings):
     validate_every: int = 10
     patience: int | None = 10
     ranking_weight: float = 0.0
+    ranking_at: str = "drawn"
+    ranking_temperature: float | None = None
     stop_gradient: bool = False
     embedding_std: float = 1.0
     cosine_epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranking_at not in RANKINGS_AT:
+            raise InvalidArgument(
+                f"{type(self).__name__}: ranking_at must be one of {', '.join(RANKINGS_AT)} (got {self.ranking_at!r})"
+            )
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -233,7 +248,9 @@ class DreamRecRecipe(Recipe):
         super().__init__(settings, data)
         self.config = self.make_config()
         self.network = DreamRecNetwork(self.config, settings.dropout)
-        nn.init.normal_(self.network.item_embeddings.weight, std=settings.embedding_std)
+        network = self.network
+        for table in (network.item_embeddings, network.positional_embeddings, network.none_embedding):
+            nn.init.normal_(table.weight, std=settings.embedding_std)
         self.passes = Passes(data.sequences, settings.max_seq_len, self.config.pad_id)
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", self.config.schedule.build().alphas_cumprod, persistent=False)
@@ -272,8 +289,9 @@ class DreamRecRecipe(Recipe):
         t = torch.randint(0, self.config.schedule.num_train_timesteps, targets.shape, device=self.device)
         x = self.target_embeddings(targets)
         x_t = self.add_noise(x, t, torch.randn_like(x))
-        estimate = self.network.denoise(x_t, self.drop_guidance(h), t)
-        return {"diffusion": F.mse_loss(estimate, x)} | self.ranking(estimate, targets)
+        guidance = self.drop_guidance(h)
+        estimate = self.network.denoise(x_t, guidance, t)
+        return {"diffusion": F.mse_loss(estimate, x)} | self.ranking(estimate, guidance, targets)
 
     def model(self, stage: Stage) -> Checkpoint:
         generation_config = default_generation_config(self.config, self.settings.guidance_scale)
@@ -296,13 +314,17 @@ class DreamRecRecipe(Recipe):
         null = torch.rand(len(h), 1, device=h.device) < self.settings.drop_guidance
         return torch.where(null, self.network.none_embedding.weight, h)
 
-    def ranking(self, estimate: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Our term: the cross-entropy of the scores over the catalogue, at a temperature of sqrt(D)."""
-        if self.settings.ranking_weight == 0:
+    def ranking(self, estimate: Tensor, guidance: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Our term, where it is asked for: the cross-entropy over the catalogue of estimates `[R, D]`."""
+        settings = self.settings
+        if settings.ranking_weight == 0:
             return {}
-        table = self.network.item_embeddings.weight[: self.config.n_items]
-        scores = estimate @ table.T / math.sqrt(estimate.shape[1])
-        return {"ranking": self.settings.ranking_weight * F.cross_entropy(scores, targets)}
+        if settings.ranking_at == "last":
+            last = torch.full_like(targets, self.config.schedule.num_train_timesteps - 1)
+            estimate = self.network.denoise(torch.randn_like(estimate), guidance, last)
+        scores = estimate @ self.network.item_embeddings.weight[: self.config.n_items].T
+        temperature = settings.ranking_temperature or math.sqrt(estimate.shape[1])
+        return {"ranking": settings.ranking_weight * F.cross_entropy(scores / temperature, targets)}
 
 
 def schedule_of(settings: DreamRecSettings) -> ScheduleConfig:

@@ -23,8 +23,8 @@ The authors' code is not public, and the text at hand lacks its display equation
   - stage 2 runs the frozen encoder without dropout and never drops the guidance;
   - guidance p, dropout, AdamW and the initial table are DreamRec's; T and lambda_c lie in the paper's search grid.
 
-Ours, and off by default, as for DreamRec: `ranking_weight` adds a cross-entropy over the catalogue to stage 1, on the
-estimate at t, and `stop_gradient` holds x in L_diff. Stage 2 is the paper's loss in any case.
+Ours, and off by default, as for DreamRec: `ranking_weight` adds a cross-entropy over the catalogue to stage 1, and
+`stop_gradient` holds x in L_diff. Stage 2 is the paper's loss in any case.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class TARecSettings(DreamRecSettings):
     alignment_patience: int | None = 5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.negatives not in NEGATIVES:
             raise InvalidArgument(
                 f"TARecSettings: negatives must be one of {', '.join(NEGATIVES)} (got {self.negatives!r})"
@@ -153,7 +154,7 @@ class TARecRecipe(DreamRecRecipe):
         return {
             "diffusion": F.mse_loss(estimate, x),
             "consistency": self.settings.consistency_weight * F.mse_loss(estimate, earlier),
-            **self.ranking(estimate, targets),
+            **self.ranking(estimate, guidance, targets),
         }
 
     # --- stage 2 ------------------------------------------------------------------------------------------------------

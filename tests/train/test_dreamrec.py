@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdiff.data import UserSequence
 from fastdiff.engine import Engine
+from fastdiff.errors import InvalidArgument
 from fastdiff.evaluate import evaluate
 from fastdiff.models.base import Histories
 from fastdiff.train.data import TrainingData, leave_one_out
@@ -168,9 +169,10 @@ def test_a_batch_of_one_kind_of_pass(only: str) -> None:
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("denoiser", ["mlp1", "mlp2"])
-def test_the_losses_are_their_formulas(denoiser: str) -> None:
-    recipe = small(denoiser=denoiser, ranking_weight=0.7)
+@pytest.mark.parametrize(("denoiser", "ranking_at"), [("mlp1", "drawn"), ("mlp2", "drawn"), ("mlp1", "last")])
+def test_the_losses_are_their_formulas(denoiser: str, ranking_at: str) -> None:
+    temperature = {"drawn": None, "last": 2.0}[ranking_at]
+    recipe = small(denoiser=denoiser, ranking_weight=0.7, ranking_at=ranking_at, ranking_temperature=temperature)
     network, config, stage = recipe.network, recipe.config, recipe.stages()[0]
     examples = torch.arange(3)
     torch.manual_seed(3)
@@ -182,6 +184,7 @@ def test_the_losses_are_their_formulas(denoiser: str) -> None:
         h, targets = recipe.passes.encode(network, examples, recipe.device)
         t, noise = torch.randint(0, 20, (len(h),)), torch.randn(len(h), 16)
         dropped = torch.rand(len(h), 1)[:, 0] < 0.1
+        last_noise = torch.randn(len(h), 16)
         assert 0 < int(dropped.sum()) < len(h)
         squares = entropies = 0.0
         for row in range(len(h)):
@@ -190,7 +193,10 @@ def test_the_losses_are_their_formulas(denoiser: str) -> None:
             guidance = network.none_embedding.weight[0] if dropped[row] else h[row]
             estimate = network.denoise(x_t[None], guidance[None], t[row : row + 1])[0]
             squares += float(((x - estimate) ** 2).sum()) / 16
-            scores = [float(network.item_embeddings.weight[i] @ estimate) / 4 for i in range(config.n_items)]
+            if ranking_at == "last":
+                estimate = network.denoise(last_noise[row][None], guidance[None], torch.tensor([19]))[0]
+            divisor = temperature or 4.0
+            scores = [float(network.item_embeddings.weight[i] @ estimate) / divisor for i in range(config.n_items)]
             entropies += math.log(sum(map(math.exp, scores))) - scores[int(targets[row])]
     assert math.isclose(losses["diffusion"].item(), squares / len(h), rel_tol=1e-5)
     assert math.isclose(losses["ranking"].item(), 0.7 * entropies / len(h), rel_tol=1e-5)
@@ -251,6 +257,11 @@ def test_it_learns_a_cycle(ours: bool) -> None:
     losses = fit(recipe, recipe.stages()[0], *((100, 0.02) if ours else (250, 0.003)))
     assert losses[-1] < 0.6 * losses[0]
     assert hit_rate_at_1(recipe) > (0.9 if ours else 0.7)
+
+
+def test_an_unknown_place_of_the_ranking_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="ranking_at must be one of drawn, last"):
+        DreamRecSettings(ranking_at="first")
 
 
 def test_one_seed_one_result() -> None:
