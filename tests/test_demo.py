@@ -138,7 +138,7 @@ def test_the_command_trains_by_the_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With fewer users and steps: it writes a model that knows the items by name and is far better than chance."""
-    changes = {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "embedding_std": 0.3, "num_train_timesteps": 50}
+    changes = {"epochs": 2, "batch_size": 64, "learning_rate": 0.01, "num_train_timesteps": 50}
     few = load_settings("tarec", TARecSettings, "demo", values=changes)
     monkeypatch.setattr(train, "load_settings", lambda *args, **kwargs: few)
     monkeypatch.setattr(train, "simulated_data", partial(train.simulated_data, 3000, 100))
