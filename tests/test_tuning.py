@@ -163,14 +163,15 @@ def choose(op, key, candidates, device):
 for kernels in list(__import__("sys").modules.values()):
     if getattr(kernels, "choose", None) is real and kernels is not tuning:
         kernels.choose = choose
-count = 0
+smallest = {{}}
 for problem in module.tuning_problems(torch.device("cpu")):
-    if problem.key[0] <= 32:
+    rest = problem.op, problem.key[1:]  # one size of each kind: an interpreted program costs milliseconds
+    if problem.key[0] < smallest.get(rest, 33):
+        smallest[rest] = problem.key[0]
         asked.clear()
         problem.run()
         assert asked[problem.op, problem.key] == list(problem.candidates), (problem.op, problem.key, asked)
-        count += 1
-assert count
+assert smallest
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
