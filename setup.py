@@ -203,7 +203,7 @@ setup(
     package_dir={"fastdiff.kernels": "kernels"},
     package_data={
         "fastdiff": ["py.typed", "*.pyi"],
-        "fastdiff.demo": ["model/*"],
+        "fastdiff.demo": ["models/*/*"],
         "fastdiff.kernels": ["configs/*.json"],
         "fastdiff.train": ["settings/*.yaml"],
     },

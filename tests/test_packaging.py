@@ -108,7 +108,7 @@ def test_the_wheel_holds_every_package_and_its_data(wheel: Path) -> None:
         names = set(archive.namelist())
     source = {path.relative_to(ROOT) for path in (ROOT / "fastdiff").rglob("*.py")}
     source |= {Path("fastdiff") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
-    source |= {path.relative_to(ROOT) for path in (ROOT / "fastdiff/demo/model").iterdir()}
+    source |= {path.relative_to(ROOT) for path in (ROOT / "fastdiff/demo/models").glob("*/*")}
     expected = {path.as_posix() for path in source}
     assert expected <= names, sorted(expected - names)
     assert "fastdiff/py.typed" in names

@@ -12,7 +12,9 @@ from fastdiff.demo.measure import draw_users, measure, numbers_of
 from fastdiff.demo.simulate import build_catalogue, build_law
 from fastdiff.engine import Engine
 
-MODEL = Path(__file__).parent / "model"
+MODELS = Path(__file__).parent / "models"
+MODEL = MODELS / "tarec"
+METHODS = {"tarec": "TA-Rec", "dreamrec": "DreamRec", "adrec": "ADRec", "cddrec": "CDDRec", "dimerec": "DimeRec"}
 SEED = 2025
 
 
@@ -20,25 +22,29 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastdiff.demo", description=__doc__)
     parser.add_argument("--users", type=int, default=2000, help="users to measure on (default 2000)")
     parser.add_argument("--seed", type=int, default=SEED, help="which users, and the noise of the sampler")
-    parser.add_argument("--model", type=Path, default=MODEL, help="another folder that `fastdiff.demo.train` wrote")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--method", choices=METHODS, default="tarec", help="whose model is shown (default tarec)")
+    which.add_argument("--model", type=Path, help="another model, from a run of `fastdiff.demo.train`")
     arguments = parser.parse_args(argv)
     if arguments.users < 1 or arguments.seed < 0:
         parser.error("--users must be at least 1, --seed at least 0")
 
     torch.set_num_threads(1)  # a model this small gains nothing from more, and loses much where other work runs
-    engine = fastdiff.from_pretrained(arguments.model)
+    engine = fastdiff.from_pretrained(arguments.model or MODELS / arguments.method)
     config = engine.config
     catalogue = build_catalogue()
     print(f"A simulated catalogue: {len(catalogue)} episodes of {len(set(catalogue.series))} series in 10 genres.")
     print("Viewers go on with a series, come back to the one before, or try a related one; the exact law is known.")
-    print(f"TA-Rec, {config.hidden_size} dimensions: one denoiser call takes noise to what the viewer wants next.")
+    steps = engine.generation_config.num_inference_steps or config.schedule.num_train_timesteps
+    calls = "one denoiser call takes" if engine.generation_config.scheduler == "one_step" else f"{steps} steps take"
+    print(f"{METHODS[config.method]}, {config.hidden_size} dimensions: {calls} noise to what the viewer wants next.")
     print("Below, in the model's own order: what it recommends, and how probable that is under the law.\n")
     show_users(engine, arguments.seed)
 
     measured = measure(engine, arguments.users, arguments.seed)
     print(f"{measured.n_users:,} new viewers: {measured}.")
     rate = measured.n_users / measured.seconds
-    print(f"{rate:,.0f} histories per second ({measured.seconds:.2f} s in all) in one sampling step on one CPU thread.")
+    print(f"{rate:,.0f} histories per second ({measured.seconds:.2f} s in all) on one CPU thread.")
 
 
 def show_users(engine: Engine, seed: int, top_k: int = 5) -> None:

@@ -81,6 +81,7 @@ class CDDRecSettings(Settings):
     published_slips     see above
     steps_per_batch     how many of the T steps a batch evaluates; None: all
     init_std            standard deviation of the first weights
+    cosine_epochs       the learning rate falls along half a cosine of so many epochs; None, as the authors: constant
     patience            epochs without a better NDCG@10, after which training ends
     """
 
@@ -103,6 +104,7 @@ class CDDRecSettings(Settings):
     steps_per_batch: int | None = None
     init_std: float = 0.02
     learning_rate: float = 1e-3
+    cosine_epochs: int | None = None
     weight_decay: float = 0.0
     batch_size: int = 128
     epochs: int = 1000
@@ -183,6 +185,7 @@ class CDDRecRecipe(Recipe):
                 settings.batch_size,
                 settings.learning_rate,
                 weight_decay=settings.weight_decay,
+                cosine_epochs=settings.cosine_epochs,
                 patience=settings.patience,
                 watch=("NDCG@10",),
             )
