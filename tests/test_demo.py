@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import fastdiff
+from fastdiff.checkpoint import Checkpoint
 from fastdiff.demo import train
-from fastdiff.demo.__main__ import MODEL, main
+from fastdiff.demo.__main__ import METHODS, MODEL, MODELS, main
 from fastdiff.demo.measure import draw_users, measure, numbers_of
 from fastdiff.demo.simulate import (
     PARTS,
@@ -19,8 +20,9 @@ from fastdiff.demo.simulate import (
     simulate_users,
 )
 from fastdiff.engine import Engine
+from fastdiff.train.run import recipe_class
 from fastdiff.train.settings_file import load_settings
-from fastdiff.train.tarec import TARecRecipe, TARecSettings
+from fastdiff.train.tarec import TARecSettings
 
 LAW = build_law()
 FRESH_SEED = 31337  # of no training, validation or demo run
@@ -93,21 +95,34 @@ def test_the_best_hit_rate_is_what_the_best_lists_hit() -> None:
 # --- the shipped model ------------------------------------------------------------------------------------------------
 
 
+CLAIMS = {"tarec": 0.97, "dreamrec": 0.9, "adrec": 0.9, "cddrec": 0.9, "dimerec": 0.9}
+"""Share of the best possible HR@10, on users that no training has seen."""
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return fastdiff.from_pretrained(MODEL)
 
 
-def test_the_shipped_model_reaches_its_claim(engine: Engine) -> None:
+def test_there_is_a_model_of_every_method() -> None:
+    assert set(CLAIMS) == set(METHODS) == set(train.METHODS) == {folder.name for folder in MODELS.iterdir()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_shipped_models_reach_their_claims(method: str) -> None:
+    engine = fastdiff.from_pretrained(MODELS / method)
+    assert engine.config.method == method
     measured = measure(engine, n_users=4000, seed=FRESH_SEED)
-    assert measured.share_of_best > 0.97
+    assert measured.share_of_best > CLAIMS[method]
     noise = np.sqrt(measured.expected * (1 - measured.expected) / measured.n_users)
     assert abs(measured.hit_rate - measured.expected) < 5 * noise
     assert measured.expected < measured.best
 
 
-def test_the_shipped_model_is_small_and_names_its_items(engine: Engine) -> None:
-    assert sum(file.stat().st_size for file in MODEL.iterdir()) < 700_000
+@pytest.mark.parametrize("method", METHODS)
+def test_the_shipped_models_are_small_and_name_their_items(method: str) -> None:
+    engine = fastdiff.from_pretrained(MODELS / method)
+    assert sum(file.stat().st_size for file in (MODELS / method).iterdir()) < 2_000_000
     assert tuple(engine.catalog.item_ids) == build_catalogue().names
     output = engine.generate([["Harbour Lights, part 1", "Harbour Lights, part 2"]], top_k=3, seed=0)
     assert output.item_ids[0, 0] == "Harbour Lights, part 3"
@@ -122,9 +137,11 @@ def test_more_steps_and_a_cold_user_work_too(engine: Engine) -> None:
     assert expected_hit_rate(probabilities, numbers_of(few.item_ids)) > 0.96 * best_hit_rate(probabilities, 10)
 
 
-def test_the_command_says_how_close_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--users", "300"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_command_says_how_close_it_comes(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--users", "300", "--method", method])
     printed = capsys.readouterr().out
+    assert METHODS[method] in printed
     assert "of the 0.8" in printed
     assert "histories per second" in printed
     assert "part 2" in printed
@@ -141,19 +158,21 @@ def test_the_command_trains_by_the_recipe(
 ) -> None:
     """With fewer users and steps: it writes a model that knows the items by name and is far better than chance."""
     changes = {"epochs": 2, "batch_size": 64, "learning_rate": 0.01, "num_train_timesteps": 50}
-    few = load_settings("tarec", TARecSettings, "demo", values=changes)
+    few = load_settings("tarec", TARecSettings, "simulated", values=changes)
     monkeypatch.setattr(train, "load_settings", lambda *args, **kwargs: few)
-    monkeypatch.setattr(train, "simulated_data", partial(train.simulated_data, 3000, 100))
-    train.main(["--output", str(tmp_path / "run")])
+    monkeypatch.setattr(train, "simulated_data", partial(train.simulated_data, n_users=3000, n_held_out=100))
+    train.main(["tarec", "--output", str(tmp_path / "run")])
     assert "on new users: HR@10" in capsys.readouterr().out
     trained = fastdiff.from_pretrained(tmp_path / "run" / "model")
     assert tuple(trained.catalog.item_ids) == build_catalogue().names
     assert measure(trained, n_users=500, seed=FRESH_SEED).share_of_best > 0.3
 
 
-def test_the_users_that_are_measured_on_are_not_learned_from() -> None:
-    data = train.simulated_data(50, 40)
-    assert [len(sequence) for sequence in data.sequences] == [11] * 50
+@pytest.mark.parametrize("method", METHODS)
+def test_the_users_that_are_measured_on_are_not_learned_from(method: str) -> None:
+    data = train.simulated_data(method, 50, 40)
+    lengths = {len(sequence) for sequence in data.sequences}
+    assert lengths == {11} if method not in train.SEES_PADS else lengths <= set(range(3, 12)) and len(lengths) > 4
     assert len(data.valid) == len(data.test) == 40
     learned = {tuple(data.item_ids[item] for item in sequence) for sequence in data.sequences}
     for instance in (*data.valid, *data.test):
@@ -162,8 +181,11 @@ def test_the_users_that_are_measured_on_are_not_learned_from() -> None:
         assert len(whole) < 5 or not any(sequence[: len(whole)] == whole for sequence in learned)
 
 
-def test_the_settings_are_those_of_the_shipped_model(engine: Engine) -> None:
-    recipe = TARecRecipe(load_settings("tarec", TARecSettings, "demo"), train.simulated_data(10, 5))
+@pytest.mark.parametrize("method", METHODS)
+def test_the_settings_are_those_of_the_shipped_models(method: str) -> None:
+    engine, kind = fastdiff.from_pretrained(MODELS / method), recipe_class(method)
+    recipe = kind(load_settings(method, kind.Settings, "simulated"), train.simulated_data(method, 10, 5))
     checkpoint = recipe.model(recipe.stages()[-1])
+    assert isinstance(checkpoint, Checkpoint)
     assert engine.config == checkpoint.config
     assert engine.generation_config == checkpoint.generation_config
