@@ -75,6 +75,10 @@ def read_folder(folder: str | Path) -> Checkpoint:
             f"from_pretrained: {folder} {state}; give a folder that `fastdiff convert` or `save_pretrained` wrote"
         )
     absent = [name for name in (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if absent and (folder / "run.json").is_file():
+        model = folder / "model"
+        has = f"give its model, {model}" if model.is_dir() else "it has no model (yet): sasrec leaves none"
+        raise CheckpointError(f"from_pretrained: {folder} is a run of `fastdiff train`; {has}")
     if absent:
         raise CheckpointError(
             f"from_pretrained: {folder} has no {', '.join(absent)}; a native folder holds {CONFIG_FILE}, "

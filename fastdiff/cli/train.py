@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import sys
 from typing import Any
 
@@ -31,7 +32,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("method", help="adrec, tarec, dreamrec, cddrec, dimerec or sasrec")
     parser.add_argument("data", nargs="?", help="a sequence file or a RecBole .inter file")
     parser.add_argument("--output", metavar="RUN", help="folder of the run; must be new, or be given with --resume")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --output; begins where there is none"
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="stop after M minutes; --resume goes on")
     data = parser.add_argument_group("the data")
     data.add_argument(
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     kind = recipe_class(args.method)
     settings = load_settings(args.method, kind.Settings, args.preset, args.settings, parse_assignments(args.set))
     if args.show_settings:
+        print(f"{inspect.getdoc(kind.Settings)}\n")
         for name, value in dataclasses.asdict(settings).items():
             print(f"{name} = {value}")
         for name, values in presets(args.method).items():

@@ -326,7 +326,7 @@ def draw_samplers(strip: Strip, samplers: dict[str, dict[str, Curve]]) -> None:
                 y = [value if timed else 100 * value for value in curves[name].y]
                 # equal lines stay visible: the later is thinner
                 handles[scheduler] = _line(axis, Curve(curves[name].x, y), colour, marker, max(1.0, 3.0 - 1.5 * at))
-        axis.set_title("time per user" if timed else f"{name}, per cent", fontsize=10, loc="left")
+        axis.set_title("time per user" if timed else f"{name}, validation, per cent", fontsize=10, loc="left")
         axis.set_xlabel("sampling steps", fontsize=8, labelpad=1)
         axis.set_xscale("log")
         axis.set_xticks(_apart(counts), [f"{count:,}" for count in _apart(counts)])
@@ -334,6 +334,8 @@ def draw_samplers(strip: Strip, samplers: dict[str, dict[str, Curve]]) -> None:
         axis.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
         if timed:
             axis.set_yscale("log")
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(low, high / 12), high)  # a decade at least, so that some power of ten is named
             axis.yaxis.set_major_formatter(lambda value, _: _seconds(value))
             axis.yaxis.set_minor_formatter(lambda value, _: "")
         else:

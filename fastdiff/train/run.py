@@ -25,7 +25,7 @@ from fastdiff.train.data import TrainingData
 from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
 from fastdiff.train.run_folder import MODEL_FOLDER, RESULT_FILE, RunFolder
-from fastdiff.train.trainer import Trainer
+from fastdiff.train.trainer import Trainer, check_stages
 from fastdiff.train.validation import TOP_KS, measure
 
 METHODS = ("adrec", "tarec", "dreamrec", "cddrec", "dimerec", "sasrec")
@@ -86,10 +86,13 @@ def train(
         "data": data_digest(data),
         **{f"settings.{name}": value for name, value in json.loads(json.dumps(dataclasses.asdict(settings))).items()},
     }
-    state = run.open(record, resume)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # before anything is written: a recipe may refuse the data
         torch.manual_seed(seed)
         recipe = kind(settings, data).to(place)
+    check_stages(recipe.stages())
+    if resume and not run.exists():
+        say(f"there is no run in {folder} to go on with: a new one begins")
+    state = run.open(record, resume)
     trainer = Trainer(recipe, run, seed, precision, minutes, show_progress, say)
     trainer.run(state)
     return _finish(recipe, trainer, run, seed)
@@ -116,6 +119,12 @@ def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int) -> dict
         write_folder(run.path / MODEL_FOLDER, model)
         run.write_steps(measure_steps(recipe, model))
     run.write_json(RESULT_FILE, result)
+    chance = TOP_KS[-1] / recipe.data.n_items
+    if result["valid"][f"HR@{TOP_KS[-1]}"] < 2 * chance:
+        trainer.say(
+            f"HR@{TOP_KS[-1]} is about that of random items ({100 * chance:.2f} %): nothing was learned; other "
+            "settings may do (--show-settings, --preset)"
+        )
     try:
         plot_run(run.path)
     except NoMatplotlib as missing:

@@ -36,6 +36,9 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def exists(self) -> bool:
+        return (self.path / RUN_FILE).exists()
+
     def open(self, record: dict[str, Any], resume: bool) -> State | None:
         """Begin a run (None), or its state where one is resumed. Nothing that is there is ever overwritten unasked."""
         file = self.path / RUN_FILE
@@ -54,7 +57,12 @@ class RunFolder:
         before = _read_json(file)
         names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
         if names:
-            told = "; ".join(f"{name} was {_short(before.get(name))}, now {_short(record.get(name))}" for name in names)
+            told = "; ".join(
+                "the data are others (users, items, their order or the split)"
+                if name == "data"
+                else f"{name} was {_short(before.get(name))}, now {_short(record.get(name))}"
+                for name in names
+            )
             raise InvalidArgument(f"--resume: {self.path} was made otherwise: {told}; give the same, or another folder")
         return self.load_state()
 

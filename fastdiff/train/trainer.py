@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastdiff.errors import FastdiffError
+from fastdiff.errors import FastdiffError, InvalidArgument
 from fastdiff.train.recipe import Recipe, Stage
 from fastdiff.train.run_folder import RunFolder, State
 from fastdiff.train.validation import measure
@@ -236,8 +236,8 @@ class Trainer:
             progress = self.progress
             raise TrainingFailed(
                 f"train: the loss is not finite in stage {stage.name}, epoch {progress.epoch + 1}, batch "
-                f"{progress.batch + 1} ({', '.join(wrong)}); {self.folder.path} keeps the state of the last save; a "
-                f"lower learning rate (now {_learning_rate(stage, progress.epoch):g}) or gradient clipping helps most"
+                f"{progress.batch + 1} ({', '.join(wrong)}); what was saved before stays in {self.folder.path}; begin "
+                f"again in another folder with a lower learning rate (now {_learning_rate(stage, progress.epoch):g})"
             )
 
     def _out_of_patience(self, stage: Stage) -> bool:
@@ -312,6 +312,18 @@ class Trainer:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Raise InvalidArgument where a setting leaves nothing to train with."""
+    for stage in stages:
+        for name, least in (("epochs", 0), ("batch_size", 1), ("validate_every", 0), ("patience", 1)):
+            value = getattr(stage, name)
+            if value is not None and value < least:
+                raise InvalidArgument(f"train: {name} of stage {stage.name} must be at least {least} (got {value})")
+    if not any(stage.epochs for stage in stages):
+        names = ", ".join(stage.name for stage in stages)
+        raise InvalidArgument(f"train: no stage has an epoch to run (stages: {names}); give at least one")
 
 
 def _permutation(n: int, seed: int, stage: int, epoch: int) -> Tensor:

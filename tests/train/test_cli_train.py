@@ -149,3 +149,34 @@ def test_bfloat16_runs_the_losses_under_autocast(
     assert all(seen)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert all(weight.dtype == torch.float32 for weight in state["recipe"].values())
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_a_run_cannot_do_is_said(sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "tiny", str(sequences), "--output", str(folder), "--no-progress", "--resume"]
+    assert cli.main([*command, "--set", "epochs=0"]) == 2
+    assert "no stage has an epoch to run (stages: table, map)" in capsys.readouterr().err
+    assert cli.main([*command, "--set", "batch_size=0"]) == 2
+    assert "batch_size of stage table must be at least 1 (got 0)" in capsys.readouterr().err
+    assert not folder.exists()
+    assert cli.main([*command, "--set", "epochs=1", "--set", "learning_rate=0"]) == 0
+    err = capsys.readouterr().err
+    assert f"there is no run in {folder} to go on with: a new one begins" in err
+    assert "about that of random items (66.67 %)" in err
+    assert cli.main(["evaluate", str(folder), str(sequences)]) == 2
+    assert f"{folder} is a run of `fastdiff train`; it has no model (yet)" in capsys.readouterr().err
+    (folder / "model").mkdir()
+    assert cli.main(["evaluate", str(folder), str(sequences)]) == 2
+    assert f"give its model, {folder / 'model'}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_is_not_resumed_with_other_data(
+    sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "tiny", str(sequences), "--output", str(tmp_path / "run"), "--no-progress"]
+    assert cli.main([*command, "--minutes", "0"]) == 130
+    sequences.write_text(sequences.read_text() + "99 1 2 3 4\n")
+    assert cli.main([*command, "--resume"]) == 2
+    assert "the data are others (users, items, their order or the split)" in capsys.readouterr().err

@@ -71,7 +71,7 @@ def test_a_page_holds_what_was_logged(
     assert [axis.lines[0].get_ydata()[0] for axis in rates] == [1e-3] * n
     stars = [line for axis in metrics for line in axis.lines if line.get_marker() == "*"]
     assert sorted(line.get_ydata()[0] for line in stars) == [10.0, 20.0]  # NDCG@20 and HR@20, not HR@5
-    assert [axis.get_title("left") for axis in steps] == ["HR@20, per cent", "time per user"]
+    assert [axis.get_title("left") for axis in steps] == ["HR@20, validation, per cent", "time per user"]
     for axis in page.axes:  # the panels stand on the page
         box = axis.get_position()
         assert 0 <= box.x0 < box.x1 <= 1
