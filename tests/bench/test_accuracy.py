@@ -269,7 +269,7 @@ def test_what_was_not_run_and_what_others_report() -> None:
     text = report.render([], CELLS)
     adrec = line_of(text, "ADRec", "0 of 3", "22.4 / 8.55 (1)")
     assert adrec[3] == "not yet run"
-    assert "1. Reported: the authors' public code, trained on this file; test items." in text
+    assert "1. Reported: the authors' public code, trained on this file, as it averages" in text
     assert text.count("Not yet run.") == 5  # accuracy against steps, of each method
     assert "cannot be rebuilt from these files" in text
 
