@@ -44,6 +44,8 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 ITEM_IDS_FILE = "item_ids.json"
+RUN_FILE, MODEL_FOLDER = "run.json", "model"
+"""In the folder of a training run (`fastdiff.train.run_folder`): its record, and where its native folder is."""
 NATIVE_FILES = frozenset((CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE, ITEM_IDS_FILE))
 
 ItemIds = list[int] | list[str]
@@ -75,8 +77,8 @@ def read_folder(folder: str | Path) -> Checkpoint:
             f"from_pretrained: {folder} {state}; give a folder that `fastdiff convert` or `save_pretrained` wrote"
         )
     absent = [name for name in (CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if absent and (folder / "run.json").is_file():
-        model = folder / "model"
+    if absent and (folder / RUN_FILE).is_file():
+        model = folder / MODEL_FOLDER
         has = f"give its model, {model}" if model.is_dir() else "it has no model (yet): sasrec leaves none"
         raise CheckpointError(f"from_pretrained: {folder} is a run of `fastdiff train`; {has}")
     if absent:

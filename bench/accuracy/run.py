@@ -19,20 +19,17 @@ from safetensors.torch import load_file
 from bench import machine
 from bench.accuracy.cells import Cell
 from bench.accuracy.rows import Row, digest
-from fastdiff.catalog import ItemCatalog
+from fastdiff.checkpoint import MODEL_FOLDER
 from fastdiff.evaluate import evaluate
 from fastdiff.loading import from_pretrained
-from fastdiff.metrics import RankingMetrics
-from fastdiff.ops.user_lists import UserLists
 from fastdiff.train import run as training
 from fastdiff.train.data import TrainingData, read
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
-from fastdiff.train.run_folder import MODEL_FOLDER, RESULT_FILE
+from fastdiff.train.run_folder import RESULT_FILE
 from fastdiff.train.settings_file import load_settings, presets
-from fastdiff.train.validation import TOP_KS
+from fastdiff.train.validation import TOP_KS, measure_queries
 
 EVALUATIONS_FILE = "test.jsonl"
-BATCH = 512
 Evaluation = dict[str, Any]
 
 
@@ -175,20 +172,14 @@ def _measure_queries(recipe: Recipe, data: TrainingData, ranking: str) -> Evalua
     """For a model that maps histories to queries: all items, or all but those seen ("clean")."""
     model = recipe.model(recipe.stages()[-1])
     assert isinstance(model, QueryModel)
-    catalog, metrics = ItemCatalog(model.item_emb), RankingMetrics(TOP_KS, range(data.n_items))
     started = datetime.datetime.now()
-    for at in range(0, len(data.test), BATCH):
-        batch = data.test[at : at + BATCH]
-        histories = [[data.numbers[item] for item in instance.history] for instance in batch]
-        seen = UserLists.from_lists(histories).to(model.item_emb.device) if ranking == "clean" else None
-        top = catalog.topk(model.encode(histories).float(), TOP_KS[-1], user_exclude=seen)
-        metrics.update(top.rows.cpu(), [data.numbers[instance.target] for instance in batch])
+    metrics = measure_queries(model, data, data.test, filter_seen=ranking == "clean")
     seconds = (datetime.datetime.now() - started).total_seconds()
     return {
         "ranking": ranking,
         "scheduler": None,
         "num_steps": None,
-        "metrics": metrics.compute(),
+        "metrics": metrics,
         "users": len(data.test),
         "seconds_per_user": seconds / len(data.test),
     }

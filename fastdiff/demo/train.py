@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 import fastdiff
+from fastdiff.checkpoint import MODEL_FOLDER
 from fastdiff.data import Instance
 from fastdiff.demo.measure import LONGEST, draw_users, measure
 from fastdiff.demo.simulate import build_catalogue, build_law, simulate_users
 from fastdiff.train.data import TrainingData
 from fastdiff.train.run import recipe_class, train
-from fastdiff.train.run_folder import MODEL_FOLDER
 from fastdiff.train.settings_file import load_settings
 
 METHODS = ("tarec", "dreamrec", "adrec", "cddrec", "dimerec")

@@ -242,11 +242,18 @@ class DreamRecRecipe(Recipe):
 
     method: ClassVar[str] = "dreamrec"
     Settings: ClassVar[type[Settings]] = DreamRecSettings
+    config_class: ClassVar[type[DreamRecConfig]] = DreamRecConfig
     settings: DreamRecSettings
 
     def __init__(self, settings: DreamRecSettings, data: TrainingData) -> None:
         super().__init__(settings, data)
-        self.config = self.make_config()
+        self.config = self.config_class(
+            data.n_items,
+            settings.hidden_size,
+            settings.max_seq_len,
+            schedule_of(settings),
+            denoiser=settings.denoiser,
+        )
         self.network = DreamRecNetwork(self.config, settings.dropout)
         network = self.network
         for table in (network.item_embeddings, network.positional_embeddings, network.none_embedding):
@@ -255,30 +262,22 @@ class DreamRecRecipe(Recipe):
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", self.config.schedule.build().alphas_cumprod, persistent=False)
 
-    def make_config(self) -> DreamRecConfig:
-        return DreamRecConfig(
-            self.data.n_items,
-            self.settings.hidden_size,
-            self.settings.max_seq_len,
-            schedule_of(self.settings),
-            denoiser=self.settings.denoiser,
-        )
-
     def stages(self) -> Sequence[Stage]:
+        return [self.diffusion_stage("diffusion")]
+
+    def diffusion_stage(self, name: str) -> Stage:
         settings = self.settings
-        return [
-            Stage(
-                "diffusion",
-                settings.epochs,
-                settings.batch_size,
-                settings.learning_rate,
-                "adamw",
-                settings.weight_decay,
-                settings.cosine_epochs,
-                validate_every=settings.validate_every,
-                patience=settings.patience,
-            )
-        ]
+        return Stage(
+            name,
+            settings.epochs,
+            settings.batch_size,
+            settings.learning_rate,
+            "adamw",
+            settings.weight_decay,
+            settings.cosine_epochs,
+            validate_every=settings.validate_every,
+            patience=settings.patience,
+        )
 
     def n_examples(self, stage: Stage) -> int:
         return len(self.passes)

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdiff.checkpoint import RUN_FILE
 from fastdiff.errors import DataError, FastdiffError
-from fastdiff.train.run_folder import LOG_COLUMNS, LOG_FILE, RUN_FILE, STEPS_COLUMNS, STEPS_FILE
+from fastdiff.train.run_folder import LOG_COLUMNS, LOG_FILE, STEPS_COLUMNS, STEPS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

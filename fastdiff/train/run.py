@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from fastdiff.arguments import check_device
-from fastdiff.checkpoint import Checkpoint, write_folder
+from fastdiff.checkpoint import MODEL_FOLDER, Checkpoint, write_folder
 from fastdiff.config import ModelConfig
 from fastdiff.engine import Engine
 from fastdiff.errors import InvalidArgument
@@ -24,7 +24,7 @@ from fastdiff.evaluate import evaluate
 from fastdiff.train.data import TrainingData
 from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
-from fastdiff.train.run_folder import MODEL_FOLDER, RESULT_FILE, RunFolder
+from fastdiff.train.run_folder import RESULT_FILE, RunFolder
 from fastdiff.train.trainer import Trainer, check_stages
 from fastdiff.train.validation import TOP_KS, measure
 

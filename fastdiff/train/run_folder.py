@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from fastdiff.checkpoint import RUN_FILE
 from fastdiff.errors import DataError, InvalidArgument
 
-RUN_FILE, STATE_FILE, LOG_FILE, STEPS_FILE = "run.json", "state.pt", "log.csv", "steps.csv"
-MODEL_FOLDER, RESULT_FILE = "model", "result.json"
+STATE_FILE, LOG_FILE, STEPS_FILE, RESULT_FILE = "state.pt", "log.csv", "steps.csv", "result.json"
 LOG_COLUMNS = ("stage", "epoch", "step", "seconds", "name", "value")
 STEPS_COLUMNS = ("scheduler", "num_steps", "name", "value")
 
@@ -41,8 +41,7 @@ class RunFolder:
 
     def open(self, record: dict[str, Any], resume: bool) -> State | None:
         """Begin a run (None), or its state where one is resumed. Nothing that is there is ever overwritten unasked."""
-        file = self.path / RUN_FILE
-        if not file.exists():
+        if not self.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise InvalidArgument(
                     f"--output: {self.path} exists and holds no training run; give the name of a new folder"
@@ -54,7 +53,7 @@ class RunFolder:
             raise InvalidArgument(
                 f"--output: {self.path} holds a training run; give --resume to go on with it, or another folder"
             )
-        before = _read_json(file)
+        before = _read_json(self.path / RUN_FILE)
         names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
         if names:
             told = "; ".join(

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from fastdiff.config import TARecConfig
 from fastdiff.errors import InvalidArgument
 from fastdiff.train.data import TrainingData
-from fastdiff.train.dreamrec import Denoiser, DreamRecRecipe, DreamRecSettings, schedule_of
+from fastdiff.train.dreamrec import Denoiser, DreamRecRecipe, DreamRecSettings
 from fastdiff.train.recipe import Settings, Stage
 
 NEGATIVES = ("random", "batch", "ranked")
@@ -83,36 +83,18 @@ class TARecRecipe(DreamRecRecipe):
 
     method: ClassVar[str] = "tarec"
     Settings: ClassVar[type[Settings]] = TARecSettings
+    config_class = TARecConfig
     settings: TARecSettings
 
     def __init__(self, settings: TARecSettings, data: TrainingData) -> None:
         super().__init__(settings, data)
         self.reference = Denoiser(self.config)
 
-    def make_config(self) -> TARecConfig:
-        return TARecConfig(
-            self.data.n_items,
-            self.settings.hidden_size,
-            self.settings.max_seq_len,
-            schedule_of(self.settings),
-            denoiser=self.settings.denoiser,
-        )
-
     # --- the stages ---------------------------------------------------------------------------------------------------
 
     def stages(self) -> Sequence[Stage]:
         settings = self.settings
-        pretraining = Stage(
-            PRETRAINING,
-            settings.epochs,
-            settings.batch_size,
-            settings.learning_rate,
-            "adamw",
-            settings.weight_decay,
-            settings.cosine_epochs,
-            validate_every=settings.validate_every,
-            patience=settings.patience,
-        )
+        pretraining = self.diffusion_stage(PRETRAINING)
         if settings.alignment_epochs == 0:
             return [pretraining]
         alignment = Stage(

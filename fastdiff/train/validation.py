@@ -13,6 +13,7 @@ from fastdiff.data import Instance
 from fastdiff.engine import Engine
 from fastdiff.evaluate import evaluate
 from fastdiff.metrics import RankingMetrics
+from fastdiff.ops.user_lists import UserLists
 from fastdiff.train.data import TrainingData
 from fastdiff.train.recipe import QueryModel, Recipe, Stage
 
@@ -42,15 +43,18 @@ def measure(
         recipe.train(training)
 
 
-def measure_queries(model: QueryModel, data: TrainingData, instances: Sequence[Instance]) -> dict[str, float]:
-    """The same for a model that maps histories to queries. All items are candidates, seen ones too."""
+def measure_queries(
+    model: QueryModel, data: TrainingData, instances: Sequence[Instance], filter_seen: bool = False
+) -> dict[str, float]:
+    """The same for a model that maps histories to queries. All items are candidates, seen ones unless filtered."""
     catalog = ItemCatalog(model.item_emb)
     metrics = RankingMetrics(TOP_KS, range(data.n_items))
     for start in range(0, len(instances), BATCH):
         batch = instances[start : start + BATCH]
         histories = [[data.numbers[item] for item in instance.history] for instance in batch]
         query: Tensor = model.encode(histories)
-        top = catalog.topk(query.float(), TOP_KS[-1])
+        seen = UserLists.from_lists(histories).to(query.device) if filter_seen else None
+        top = catalog.topk(query.float(), TOP_KS[-1], user_exclude=seen)
         metrics.update(top.rows.cpu(), [data.numbers[instance.target] for instance in batch])
     return metrics.compute()
 
