@@ -52,7 +52,8 @@ from fastdiff.schedule import ScheduleConfig
 from fastdiff.train.data import TrainingData
 from fastdiff.train.layers import NORM_EPS, CausalTransformer, Packed, PadRows
 from fastdiff.train.recipe import QueryModel, Recipe, Settings, Stage
-from fastdiff.train.sasrec import NextItems, SASRecNetwork, cross_entropy
+from fastdiff.train.sasrec import NextItems, SASRecNetwork
+from fastdiff.train.softmax import cross_entropy
 
 
 @dataclass(frozen=True)

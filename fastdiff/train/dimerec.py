@@ -54,6 +54,7 @@ from fastdiff.config import DimeRecConfig, GenerationConfig
 from fastdiff.schedule import ScheduleConfig
 from fastdiff.train.data import Numbers, TrainingData
 from fastdiff.train.recipe import Recipe, Settings, Stage
+from fastdiff.train.softmax import cross_entropy
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -377,7 +378,7 @@ class _Candidates:
         """Mean over R of -log softmax(query . e / temperature)[target]. Draws are uniform, so that they need no
         correction; a draw that is the row's own target does not count."""
         if self.drawn is None:
-            return F.cross_entropy(query / temperature @ self.table.T, self.targets)
+            return cross_entropy(query / temperature, self.table, self.targets)
         query = query / temperature
         own = (query * self.of_targets).sum(dim=1, keepdim=True)
         others = query @ self.table[self.drawn].T

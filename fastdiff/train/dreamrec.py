@@ -47,6 +47,7 @@ from fastdiff.models.layers import sinusoidal_embedding
 from fastdiff.schedule import ScheduleConfig
 from fastdiff.train.data import Numbers, TrainingData, windows
 from fastdiff.train.recipe import Recipe, Settings, Stage
+from fastdiff.train.softmax import cross_entropy
 
 RANKINGS_AT = ("drawn", "last")
 
@@ -321,9 +322,9 @@ class DreamRecRecipe(Recipe):
         if settings.ranking_at == "last":
             last = torch.full_like(targets, self.config.schedule.num_train_timesteps - 1)
             estimate = self.network.denoise(torch.randn_like(estimate), guidance, last)
-        scores = estimate @ self.network.item_embeddings.weight[: self.config.n_items].T
+        items = self.network.item_embeddings.weight[: self.config.n_items]
         temperature = settings.ranking_temperature or math.sqrt(estimate.shape[1])
-        return {"ranking": settings.ranking_weight * F.cross_entropy(scores / temperature, targets)}
+        return {"ranking": settings.ranking_weight * cross_entropy(estimate / temperature, items, targets)}
 
 
 def schedule_of(settings: DreamRecSettings) -> ScheduleConfig:

@@ -33,6 +33,7 @@ from fastdiff.errors import DataError, InvalidArgument
 from fastdiff.train.data import TrainingData, windows
 from fastdiff.train.layers import CausalTransformer, Packed, PadRows
 from fastdiff.train.recipe import QueryModel, Recipe, Settings, Stage
+from fastdiff.train.softmax import cross_entropy
 
 INIT_STD = 0.1
 
@@ -151,11 +152,6 @@ def _draw(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
-
-
-def cross_entropy(rows: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-    """mean over rows [N, D] of -log softmax(row . table^T)[target]; table [n_rows, D], targets [N]"""
-    return F.cross_entropy(rows @ table.T, targets)
 
 
 class SASRec(Recipe):

@@ -12,7 +12,8 @@ from fastdiff.errors import DataError, InvalidArgument
 from fastdiff.train.data import TrainingData
 from fastdiff.train.layers import _Attention
 from fastdiff.train.run import train
-from fastdiff.train.sasrec import NextItems, SASRec, SASRecNetwork, SASRecSettings, cross_entropy
+from fastdiff.train.sasrec import NextItems, SASRec, SASRecNetwork, SASRecSettings
+from fastdiff.train.softmax import cross_entropy
 from tests.tolerances import assert_agree
 from tests.train.padded import padded_transformer, ring_data
 
