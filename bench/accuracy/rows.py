@@ -2,8 +2,9 @@
 
 cell       method, data, variant, seed
 run        settings, settings_digest, data_digest, facts (users, items, interactions), epochs, seconds, parameters
-result     valid: metrics at the end of the training; evaluations on the test users: ranking, scheduler, num_steps (both
-           null: the model's own), metrics, users, seconds_per_user
+result     valid: metrics at the end of the training; sampler: the model's default, chosen on the validation users;
+           evaluations on the test users: ranking, scheduler and num_steps (null: the paper's sampler), metrics, users,
+           seconds_per_user
 where      machine, date
 """
 

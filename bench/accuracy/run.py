@@ -20,6 +20,7 @@ from bench import machine
 from bench.accuracy.cells import Cell
 from bench.accuracy.rows import Row, digest
 from fastdiff.checkpoint import MODEL_FOLDER
+from fastdiff.config import default_generation_config
 from fastdiff.evaluate import evaluate
 from fastdiff.loading import from_pretrained
 from fastdiff.train import run as training
@@ -27,6 +28,7 @@ from fastdiff.train.data import TrainingData, read
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
 from fastdiff.train.run_folder import RESULT_FILE
 from fastdiff.train.settings_file import load_settings, presets
+from fastdiff.train.steps import Sampler, samplers
 from fastdiff.train.validation import TOP_KS, measure_queries
 
 EVALUATIONS_FILE = "test.jsonl"
@@ -74,6 +76,7 @@ def run_cell(
         "seconds": result["seconds"],
         "parameters": result["parameters"],
         "valid": result["valid"],
+        "sampler": result.get("sampler"),
         "evaluations": list(_evaluations(cell, settings, folder, data, device, say)),
         "machine": machine.facts(torch.device(device)),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -135,7 +138,7 @@ def _key(evaluation: Evaluation) -> tuple[Any, ...]:
 def _measure(
     cell: Cell, settings: Settings, folder: Path, data: TrainingData, device: str, have: set[tuple[Any, ...]]
 ) -> Iterator[Evaluation]:
-    """Published and clean ranking with the model's own sampler; the others under the published one."""
+    """Published and clean ranking with the paper's sampler; the others under the published one."""
     if not (folder / MODEL_FOLDER).exists():
         recipe = training.recipe_class(cell.method)(settings, data)
         recipe.load_state_dict(load_file(folder / "weights.safetensors"))
@@ -146,16 +149,14 @@ def _measure(
         )
         return
     engine = from_pretrained(folder / MODEL_FOLDER, device=device)
-    kinds: list[tuple[str, str | None, int | None]] = [("published", None, None), ("clean", None, None)]
-    kinds += [("published", scheduler, steps) for scheduler, steps in training.samplers(engine.config)]
-    for ranking, scheduler, steps in kinds:
+    paper = Sampler.of(default_generation_config(engine.config), engine.config)
+    kinds: list[tuple[str, Sampler | None]] = [("published", None), ("clean", None)]
+    kinds += [("published", sampler) for sampler in samplers(engine.config)]
+    for ranking, sampler in kinds:
+        scheduler, steps = (sampler.scheduler, sampler.steps) if sampler else (None, None)
         if (ranking, scheduler, steps) in have:
             continue
-        arguments: dict[str, Any] = {"filter_seen": True} if ranking == "clean" else {}
-        if scheduler is not None:
-            arguments["scheduler"] = scheduler
-        if scheduler in ("ddpm", "ddim"):
-            arguments["num_inference_steps"] = steps
+        arguments = {**(sampler or paper).arguments, **({"filter_seen": True} if ranking == "clean" else {})}
         result = evaluate(engine, data.test, ranking, TOP_KS, show_progress=False, **arguments)
         yield {
             "ranking": ranking,

@@ -53,6 +53,11 @@ def add_parser(commands: Any) -> None:
     recipe.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="one setting; may be repeated")
     recipe.add_argument("--show-settings", action="store_true", help="print the settings and presets, and do nothing")
     recipe.add_argument("--seed", type=int, default=2025, help="one seed, one result (default: 2025)")
+    recipe.add_argument(
+        "--all-steps",
+        action="store_true",
+        help="the model's default sampler is the paper's, not the one of fewest steps that is as accurate",
+    )
     machine = parser.add_argument_group("the machine")
     machine.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     machine.add_argument("--precision", default="float32", help="float32, or bfloat16: autocast (default: float32)")
@@ -110,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             resume=args.resume,
             minutes=args.minutes,
+            all_steps=args.all_steps,
             show_progress=not args.no_progress,
             say=say,
         )
@@ -129,6 +135,26 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> str:
         values = result[split]
         cells = "".join(f"{100 * values[name]:>9.2f}" for name in ("HR@5", "HR@10", "HR@20", "NDCG@10", "NDCG@20"))
         lines.append(f"{split:<10}{cells}")
-    if args.method != "sasrec":
-        lines += ["", f"fastdiff evaluate {args.output}/model {args.data}"]
+    if "sampler" in result:  # a model that the engine runs
+        lines += ["", *_sampler_lines(result), "", f"fastdiff evaluate {args.output}/model {args.data}"]
     return "\n".join(lines)
+
+
+def _sampler_lines(result: dict[str, Any]) -> list[str]:
+    """The model's default sampler, beside the paper's where that is another."""
+    from fastdiff.train.steps import Sampler
+
+    chosen, paper = (Sampler(one["scheduler"], one["steps"]) for one in (result["sampler"], result["paper_sampler"]))
+    if chosen == paper:
+        return [f"sampler: {chosen}"]
+    figures = [
+        "HR@20 {HR@20:.2f} %, NDCG@20 {NDCG@20:.2f} %".format_map(
+            {k: 100 * v for k, v in result[name]["valid"].items()}
+        )
+        for name in ("sampler", "paper_sampler")
+    ]
+    given = ", ".join(f"{name}={value!r}" for name, value in paper.arguments.items())
+    return [
+        f"sampler: {chosen}, in valid {figures[0]}; the paper's ({paper}): {figures[1]}",
+        f"         generate({given}) runs the paper's; --all-steps makes it the default",
+    ]

@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,17 @@ from tqdm.auto import tqdm
 
 from fastdiff.arguments import check_device
 from fastdiff.checkpoint import MODEL_FOLDER, Checkpoint, write_folder
-from fastdiff.config import ModelConfig
-from fastdiff.engine import Engine
 from fastdiff.errors import InvalidArgument
-from fastdiff.evaluate import evaluate
 from fastdiff.train.data import TrainingData
 from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
 from fastdiff.train.run_folder import RESULT_FILE, RunFolder
+from fastdiff.train.steps import Measured, Sampler, fewest_steps, measure_steps
 from fastdiff.train.trainer import Trainer, check_stages
 from fastdiff.train.validation import TOP_KS, measure
 
 METHODS = ("adrec", "tarec", "dreamrec", "cddrec", "dimerec", "sasrec")
 PRECISIONS = ("float32", "bfloat16")
-NUMBERS_OF_STEPS = (1, 2, 5, 10)
 
 
 def recipe_class(method: str) -> type[Recipe]:
@@ -56,6 +53,7 @@ def train(
     precision: str = "float32",
     resume: bool = False,
     minutes: float | None = None,
+    all_steps: bool = False,
     show_progress: bool = True,
     say: Callable[[str], None] = tqdm.write,
 ) -> dict[str, Any]:
@@ -67,6 +65,8 @@ def train(
     precision  "float32"; "bfloat16" runs the losses under autocast, weights and optimizer stay float32
     resume     go on with the run in `folder`, which must be of the same method, settings, data and seed
     minutes    stop after so long with `Interrupted`; the state is saved
+    all_steps  the model's default sampler is the paper's; False: the one of fewest steps that costs nothing on the
+               validation users (`fastdiff.train.steps`), which is what result.json's figures are of
     """
     kind = recipe_class(method)
     settings = kind.Settings() if settings is None else settings
@@ -95,29 +95,34 @@ def train(
     state = run.open(record, resume)
     trainer = Trainer(recipe, run, seed, precision, minutes, show_progress, say)
     trainer.run(state)
-    return _finish(recipe, trainer, run, seed)
+    return _finish(recipe, trainer, run, seed, all_steps)
 
 
-def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int) -> dict[str, Any]:
+def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int, all_steps: bool) -> dict[str, Any]:
     stage = trainer.stages[-1]
     recipe.eval()
     with torch.no_grad():
         model = recipe.model(stage)
+    sampler: dict[str, Any] = {}
+    if isinstance(model, Checkpoint):
+        measured = measure_steps(recipe, model)
+        run.write_steps([row for one in measured for row in one.rows()])
+        model, sampler = _with_sampler(model, measured, all_steps)
     result: dict[str, Any] = {
         "method": recipe.method,
         "seed": seed,
         "epochs": _last_epochs(trainer),
         "seconds": round(trainer.log[-1][3], 1) if trainer.log else 0.0,
         "parameters": sum(parameter.numel() for parameter in recipe.parameters()),
-        "valid": measure(recipe, stage, recipe.data.valid),
-        "test": measure(recipe, stage, recipe.data.test),
+        "valid": measure(recipe, stage, recipe.data.valid, model=model),
+        "test": measure(recipe, stage, recipe.data.test, model=model),
+        **sampler,
     }
     if isinstance(model, QueryModel):
         weights = {name: weight.detach().cpu().contiguous() for name, weight in recipe.state_dict().items()}
         save_file(weights, run.path / "weights.safetensors")
     else:
         write_folder(run.path / MODEL_FOLDER, model)
-        run.write_steps(measure_steps(recipe, model))
     run.write_json(RESULT_FILE, result)
     chance = TOP_KS[-1] / recipe.data.n_items
     if result["valid"][f"HR@{TOP_KS[-1]}"] < 2 * chance:
@@ -132,48 +137,26 @@ def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int) -> dict
     return result
 
 
+def _with_sampler(
+    model: Checkpoint, measured: Sequence[Measured], all_steps: bool
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """The model with its default sampler, and what result.json says about it."""
+    paper = Sampler.of(model.generation_config, model.config)
+    chosen = next(one for one in measured if one.sampler == paper) if all_steps else fewest_steps(measured, paper)
+    generation = chosen.sampler.generation_config(model.generation_config, model.config)
+    by_sampler = {one.sampler: one.metrics for one in measured}
+    told = {
+        name: {**vars(sampler), "valid": by_sampler[sampler]}
+        for name, sampler in (("sampler", chosen.sampler), ("paper_sampler", paper))
+    }
+    return replace(model, generation_config=generation), told
+
+
 def _last_epochs(trainer: Trainer) -> dict[str, int]:
     last: dict[str, int] = {}
     for stage, epoch, *_ in trainer.log:
         last[stage] = epoch
     return last
-
-
-# --- accuracy against the number of steps -----------------------------------------------------------------------------
-
-
-def samplers(config: ModelConfig) -> list[tuple[str, int]]:
-    """(scheduler, number of steps) to compare: 1, 2, 5, 10 and all steps of each sampler that the method has."""
-    total = config.schedule.num_train_timesteps
-    if config.method == "cddrec":
-        return [("one_step", 1)]
-    counts = [*(n for n in NUMBERS_OF_STEPS if n < total), total]
-    chosen = [(scheduler, n) for scheduler in ("ddpm", "ddim") for n in counts]
-    if config.method == "dimerec":
-        chosen = [("ddpm", n) for n in counts]
-    if config.method == "tarec":
-        chosen = [("one_step", 1), *chosen]
-    if getattr(config, "denoiser", None) == "mlp1":
-        chosen.append(("closed_form", total))
-    return chosen
-
-
-def measure_steps(recipe: Recipe, model: Checkpoint, limit: int = 5000) -> list[tuple[str, int, str, float]]:
-    """(scheduler, steps, name, value) on the first `limit` validation users: HR@20, NDCG@20, seconds per user."""
-    engine = Engine.from_checkpoint(model, device=recipe.device)
-    rows: list[tuple[str, int, str, float]] = []
-    instances = recipe.data.valid[:limit]
-    for scheduler, steps in samplers(engine.config):
-        given: dict[str, Any] = {"scheduler": scheduler}
-        if scheduler in ("ddpm", "ddim"):
-            given["num_inference_steps"] = steps
-        settings = recipe.validation_settings(recipe.stages()[-1])
-        started = time.perf_counter()
-        found = evaluate(engine, instances, top_ks=TOP_KS, show_progress=False, **{**settings, **given})
-        seconds = (time.perf_counter() - started) / len(instances)
-        rows += [(scheduler, steps, name, found.metrics[name]) for name in ("HR@20", "NDCG@20")]
-        rows.append((scheduler, steps, "seconds_per_user", seconds))
-    return rows
 
 
 def data_digest(data: TrainingData) -> str:

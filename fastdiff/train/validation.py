@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.catalog import ItemCatalog
+from fastdiff.checkpoint import Checkpoint
 from fastdiff.data import Instance
 from fastdiff.engine import Engine
 from fastdiff.evaluate import evaluate
@@ -22,17 +23,24 @@ BATCH = 512
 
 
 def measure(
-    recipe: Recipe, stage: Stage, instances: Sequence[Instance], seed: int = 0, **arguments: Any
+    recipe: Recipe,
+    stage: Stage,
+    instances: Sequence[Instance],
+    seed: int = 0,
+    model: Checkpoint | QueryModel | None = None,
+    **arguments: Any,
 ) -> dict[str, float]:
     """ "HR@20", "NDCG@20", ... of the recipe's present weights; further arguments go to `fastdiff.evaluate.evaluate`.
 
+    model  what to measure instead of the stage's own: the same weights with another sampler
     The network is left as it was, and so are the global random generators.
     """
     training = recipe.training
     recipe.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(recipe.device)):
-            model = recipe.model(stage)
+            if model is None:
+                model = recipe.model(stage)
             if isinstance(model, QueryModel):
                 return measure_queries(model, recipe.data, instances)
             engine = Engine.from_checkpoint(model, device=recipe.device)

@@ -129,7 +129,8 @@ def test_cells_are_run_once_and_documented(
     assert list(kinds) == [*own, *steps, ("published", "closed_form", 12)]
     given = {"scheduler": "ddim", "num_inference_steps": 5, "show_progress": False}
     assert kinds["published", "ddim", 5] == evaluate(engine, data.test, **given).metrics
-    clean = evaluate(engine, data.test, "clean", filter_seen=True, show_progress=False).metrics
+    paper = {"scheduler": "ddpm", "num_inference_steps": 12}
+    clean = evaluate(engine, data.test, "clean", filter_seen=True, show_progress=False, **paper).metrics
     assert kinds["clean", None, None] == clean != kinds["published", None, None]
 
     text = (tmp_path / "docs" / "accuracy.md").read_text()
