@@ -46,10 +46,17 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         ),
         "consistency": Variant("the first stage alone, with our cross-entropy", {"alignment_epochs": 0}),
     },
-    "dimerec": {"recipe": Variant("the paper's losses; what it leaves open is ours")},
+    "dimerec": {
+        "recipe": Variant("the paper's losses; what it leaves open is ours"),
+        "no_recon": Variant("without the reconstruction of x_0", {"recon_weight": 0.0}),
+        "no_ssm": Variant("without the sampled-softmax loss", {"ssm_weight": 0.0}),
+    },
     "cddrec": {
         "two_steps": Variant("the authors' losses, two of the steps drawn per batch (ours)", {"steps_per_batch": 2}),
         "recipe": Variant("the authors' losses, all steps in every batch"),
+        "small": Variant(
+            "two steps per batch, 64 wide: the model that ships", {"steps_per_batch": 2, "hidden_size": 64}
+        ),
     },
     "sasrec": {
         "ce": Variant("cross-entropy over the catalogue", {"loss": "ce"}),
@@ -114,6 +121,8 @@ def _cells() -> list[Cell]:
     order += [Cell("sasrec", "adrec-ml-100k", "ce", first)]
     for data in ("amazon-office", "amazon-beauty"):
         order += [Cell(method, data, variant, first) for method, variant in on_amazon]
+    order += [Cell("adrec", "amazon-office", "recipe", first), Cell("cddrec", "amazon-office", "small", first)]
+    order += [Cell("dimerec", "amazon-office", variant, first) for variant in ("no_recon", "no_ssm")]
     order += [Cell("adrec", data, "recipe", first) for data in ("adrec-beauty", "adrec-sports")]
     order += [Cell("adrec", data, "recipe", first) for data in ("adrec-baby", "adrec-toys")]
     order += [Cell("sasrec", data, "ce", first) for data in ("adrec-beauty", "adrec-sports")]
@@ -171,6 +180,8 @@ REPORTED: Sequence[Reported] = (
 ABLATIONS: Sequence[tuple[str, str, str, str]] = (
     ("preference alignment", "tarec", "consistency", "aligned"),
     ("a ranking loss beside the paper's (ours)", "dreamrec", "paper", "ranking"),
+    ("the reconstruction of x_0", "dimerec", "no_recon", "recipe"),
+    ("the sampled-softmax loss", "dimerec", "no_ssm", "recipe"),
     ("cross-entropy over the catalogue instead of one negative", "sasrec", "bce", "ce"),
 )
 """(what is added, method, variant without, variant with)"""
