@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     catalogue = build_catalogue()
     print(f"A simulated catalogue: {len(catalogue)} episodes of {len(set(catalogue.series))} series in 10 genres.")
     print("Viewers go on with a series, come back to the one before, or try a related one; the exact law is known.")
-    steps = engine.generation_config.num_inference_steps or config.schedule.num_train_timesteps
-    calls = "one denoiser call takes" if engine.generation_config.scheduler == "one_step" else f"{steps} steps take"
-    print(f"{METHODS[config.method]}, {config.hidden_size} dimensions: {calls} noise to what the viewer wants next.")
+    print(
+        f"{METHODS[config.method]}, {config.hidden_size} dimensions: {calls(engine)} noise to what the viewer wants next."
+    )
     print("Below, in the model's own order: what it recommends, and how probable that is under the law.\n")
     show_users(engine, arguments.seed)
 
@@ -45,6 +45,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{measured.n_users:,} new viewers: {measured}.")
     rate = measured.n_users / measured.seconds
     print(f"{rate:,.0f} histories per second ({measured.seconds:.2f} s in all) on one CPU thread.")
+
+
+def calls(engine: Engine) -> str:
+    """What the model does by default, as the subject of a sentence."""
+    generation, total = engine.generation_config, engine.config.schedule.num_train_timesteps
+    steps = generation.num_inference_steps or total
+    if generation.scheduler == "closed_form":
+        return f"the closed form of all {total} steps takes"
+    return "one denoiser call takes" if generation.scheduler == "one_step" or steps == 1 else f"{steps} steps take"
 
 
 def show_users(engine: Engine, seed: int, top_k: int = 5) -> None:
