@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     catalogue = build_catalogue()
     print(f"A simulated catalogue: {len(catalogue)} episodes of {len(set(catalogue.series))} series in 10 genres.")
     print("Viewers go on with a series, come back to the one before, or try a related one; the exact law is known.")
-    print(
-        f"{METHODS[config.method]}, {config.hidden_size} dimensions: {calls(engine)} noise to what the viewer wants next."
-    )
+    name = f"{METHODS[config.method]}, {config.hidden_size} dimensions"
+    print(f"{name}: {calls(engine)} noise to what the viewer wants next.")
     print("Below, in the model's own order: what it recommends, and how probable that is under the law.\n")
     show_users(engine, arguments.seed)
 
