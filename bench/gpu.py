@@ -1,6 +1,6 @@
 """`python -m bench.gpu --output DIR`: everything that has to be tried on a GPU, in order, in a few short calls.
 
-    python -m bench.gpu --output build/gpu --dry-run               # what would run, and for how long at most
+    python -m bench.gpu --dry-run                                  # what would run, and for how long at most
     python -m bench.gpu --output build/gpu --minutes 9             # as much of it as nine minutes hold
     python -m bench.gpu --output build/gpu --minutes 9             # goes on with what is not done
     python -m bench.gpu --output build/gpu --part tune ops --again # these once more
@@ -288,7 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="where everything is written")
+    command.add_argument(
+        "--output", type=Path, default=Path("build/gpu"), metavar="DIR", help="where everything is written (build/gpu)"
+    )
     command.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts (all)")
     command.add_argument("--job", nargs="+", metavar="PART/NAME", help="only these jobs (--dry-run lists them)")
     command.add_argument("--minutes", type=float, default=9.0, help="start and run jobs for that long (default 9)")

@@ -197,7 +197,8 @@ class _Job:
 
     def summary(self, done: int) -> str:
         seconds = time.perf_counter() - self._start
-        return f"{done} users in {seconds:.2f} s ({done / seconds:.0f} per second), seed {self.seed}"
+        users = "1 user" if done == 1 else f"{done} users"
+        return f"{users} in {seconds:.2f} s ({done / seconds:.0f} per second), seed {self.seed}"
 
 
 def _lines(batch: list[UserSequence], output: GenerateOutput) -> list[str]:

@@ -46,7 +46,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +56,10 @@ from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import CDDRecConfig, default_generation_config
 from fastdiff.errors import DataError, InvalidArgument
 from fastdiff.schedule import ScheduleConfig
+from fastdiff.train.augmentations import crop, mask_out, reorder
 from fastdiff.train.data import TrainingData, windows
 from fastdiff.train.recipe import Recipe, Settings, Stage
+from fastdiff.train.softmax import contrast, linear_contrast
 
 AUGMENTATIONS = ("reorder", "mask", "crop", "random")
 MASKED = -10000.0
@@ -302,105 +303,6 @@ def cross_divergence(x: Tensor, positive: Tensor, negative: Tensor, weights: Ten
     """
     losses = F.softplus(-(x * positive).sum(1)) + F.softplus((x * negative).sum(1))
     return (losses * weights).sum() / weights.sum()
-
-
-def contrast(a: Tensor, b: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of two views [R, D]. With z the 2 R unit rows of both and i* the partner of row i,
-
-    L = mean_i -log [ exp(z_i . z_i* / temperature) / sum_{j != i} exp(z_i . z_j / temperature) ]
-    """
-    z = torch.cat([F.normalize(a, dim=1), F.normalize(b, dim=1)]) / math.sqrt(temperature)
-    loss: Tensor = _Contrast.apply(z, 1 / temperature)  # type: ignore[no-untyped-call]
-    return loss
-
-
-class _Contrast(torch.autograd.Function):
-    """The loss above of z [2 R, D] and its gradient in one go: no [2 R, 2 R] matrix waits for the backward pass.
-
-        p_ij = exp(z_i . z_j - top), 0 on the diagonal        r_i = sum_j p_ij
-        dL/dz_i = 1/(2 R) [ sum_j p_ij (1/r_i + 1/r_j) z_j - 2 z_i* ]
-
-    p is symmetric: its upper half is computed, in strips of rows.
-    """
-
-    STRIP = 256
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, top: float) -> Tensor:
-        n = len(z)
-        strips = []
-        r = z.new_zeros(n)
-        for start in range(0, n, _Contrast.STRIP):
-            end = min(start + _Contrast.STRIP, n)
-            p = (z[start:end] @ z[start:].T).sub_(top).exp_()
-            p[:, : end - start].diagonal().zero_()
-            r[start:end] += p.sum(1)
-            r[end:] += p[:, end - start :].sum(0)
-            strips.append((start, end, p))
-        partners = z.roll(n // 2, 0)
-        loss = (r.log() + top - (z * partners).sum(1)).mean()
-        if ctx.needs_input_grad[0]:
-            u, gradient = 1 / r, -2 * partners
-            for start, end, p in strips:
-                p.mul_(u[start:end, None] + u[start:])
-                gradient[start:end] += p @ z[start:]
-                gradient[end:] += p[:, end - start :].T @ z[start:end]
-            ctx.save_for_backward(gradient.div_(n))
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_loss: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * of_loss, None
-
-
-def linear_contrast(a: Tensor, b: Tensor, temperature: float, n_features: int) -> Tensor:
-    """`contrast` in time linear in R (Rahimi & Recht 2007), with the row itself left in the denominator, as published:
-
-    exp(z_i . z_j / temperature) ~ e^(1/temperature) phi(z_i) . phi(z_j)
-    phi(z) = [cos(z W), sin(z W)] / sqrt(n_features),   W [D, n_features] of variance 1/temperature
-    """
-    z = torch.cat([F.normalize(a, dim=1), F.normalize(b, dim=1)])
-    angles = z @ (torch.randn(z.shape[1], n_features, dtype=z.dtype, device=z.device) / math.sqrt(temperature))
-    phi = torch.cat([angles.cos(), angles.sin()], dim=1) / math.sqrt(n_features)
-    denominators = (phi @ phi.sum(0)).log() + 1 / temperature
-    return (denominators - (z * z.roll(len(a), 0)).sum(1) / temperature).mean()
-
-
-# --- augmentations, of left-padded histories [b, width] with 0 for padding --------------------------------------------
-
-
-def _run(items: Tensor, share: float, shortest: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """A random run of floor(share * n) places of each history's n, at least `shortest`: its begin and length [b, 1],
-    and the place of each slot in its history [b, width], negative on padding."""
-    n = (items != 0).sum(1, keepdim=True)
-    length = (share * n.double()).floor().long().clamp(min=shortest)
-    begin = (torch.rand(len(items), 1) * (n - length + 1)).long()
-    return begin, length, torch.arange(items.shape[1]) - (items.shape[1] - n)
-
-
-def reorder(items: Tensor, share: float = 0.6) -> Tensor:
-    """A random run, shuffled."""
-    begin, length, place = _run(items, share)
-    inside = (place >= begin) & (place < begin + length)
-    keys = torch.where(inside, begin + torch.rand(items.shape) * length, place)
-    return items.gather(1, keys.argsort(dim=1, stable=True))
-
-
-def mask_out(items: Tensor, mask_row: int, share: float = 0.3) -> Tensor:
-    """floor(share * n) random items replaced by the mask row."""
-    real = items != 0
-    n_masked = (share * real.sum(1, keepdim=True).double()).floor()
-    rank = torch.where(real, torch.rand(items.shape), 2.0).argsort(dim=1).argsort(dim=1)
-    return torch.where(rank < n_masked, mask_row, items)
-
-
-def crop(items: Tensor, share: float = 0.6) -> Tensor:
-    """A random run, of at least one item, in its place; the rest is padding."""
-    begin, length, place = _run(items, share, shortest=1)
-    inside = (place >= begin) & (place < begin + length)
-    return torch.where(inside, items, 0)
 
 
 # --- networks, under the authors' names -------------------------------------------------------------------------------

@@ -284,7 +284,6 @@ class DreamRecRecipe(Recipe):
         return len(self.passes)
 
     def losses(self, stage: Stage, examples: Tensor) -> dict[str, Tensor]:
-        self.network.train()
         h, targets = self.passes.encode(self.network, examples, self.device)
         t = torch.randint(0, self.config.schedule.num_train_timesteps, targets.shape, device=self.device)
         x = self.target_embeddings(targets)

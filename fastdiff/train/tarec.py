@@ -125,7 +125,6 @@ class TARecRecipe(DreamRecRecipe):
     # --- stage 1 ------------------------------------------------------------------------------------------------------
 
     def _pretraining(self, examples: Tensor) -> dict[str, Tensor]:
-        self.network.train()
         h, targets = self.passes.encode(self.network, examples, self.device)
         t = torch.randint(1, self.config.schedule.num_train_timesteps, targets.shape, device=self.device)
         x = self.target_embeddings(targets)

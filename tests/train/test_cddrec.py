@@ -13,18 +13,11 @@ from torch import Tensor
 from bench.published.cddrec import CDDRecModel
 from fastdiff.engine import Engine
 from fastdiff.errors import DataError, InvalidArgument
-from fastdiff.train.cddrec import (
-    CDDRecRecipe,
-    CDDRecSettings,
-    contrast,
-    crop,
-    cross_divergence,
-    linear_contrast,
-    mask_out,
-    reorder,
-)
+from fastdiff.train.augmentations import crop, mask_out, reorder
+from fastdiff.train.cddrec import CDDRecRecipe, CDDRecSettings, cross_divergence
 from fastdiff.train.data import TrainingData, leave_one_out
 from fastdiff.train.settings_file import load_settings, presets
+from fastdiff.train.softmax import contrast, linear_contrast
 from tests.tolerances import assert_agree
 from tests.train.padded import ring_data
 from tests.train.tiny import walks
