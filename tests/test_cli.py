@@ -204,7 +204,7 @@ def test_the_command_as_a_program(model: Path) -> None:
     argv = [sys.executable, "-m", "fastdiff", "generate", str(model), "--history", "3 7", "--seed", "1", "--top-k", "2"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert len(rows_of(done.stdout)) == 1
-    assert done.stderr.startswith("fastdiff: 1 users in ")
+    assert done.stderr.startswith("fastdiff: 1 user in ")
     wrong = subprocess.run([*argv, "--top-k", "0"], capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "fastdiff: generate: top_k must be an int of at least 1 (got 0)\n"
