@@ -72,12 +72,19 @@ def _interests_kernel(
         if POSITIONS_IN_VALUES:
             b_value = b_placed
 
+        # Kahan's sum over the blocks: logits are tens in size where the softmax looks at their differences, so that
+        # each ulp of a sum over all hidden units would be seen in the interests
         b_logits = tl.zeros([BLOCK_J, BLOCK_K], tl.float32) + b_down_bias[None, :]
+        b_lost = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
         for at in range(0, HIDDEN_PADDED, BLOCK_H):
             b_bias = tl.load(p_up_bias + at + o_hidden).to(tl.float32)
             b_h = tl.zeros([BLOCK_J, BLOCK_H], tl.float32) + b_bias[None, :]
             b_h = rows_dot(b_placed, p_up + at, b_h, HIDDEN_PADDED, TILE)
-            b_logits = rows_dot(activate(b_h, "tanh"), p_down + at * BLOCK_K, b_logits, BLOCK_K, TILE)
+            b_part = tl.zeros([BLOCK_J, BLOCK_K], tl.float32) - b_lost
+            b_part = rows_dot(activate(b_h, "tanh"), p_down + at * BLOCK_K, b_part, BLOCK_K, TILE)
+            b_total = b_logits + b_part
+            b_lost = (b_total - b_logits) - b_part
+            b_logits = b_total
 
         b_new_top = tl.maximum(b_top, tl.max(tl.where(m_item, b_logits, -1e38), axis=0))
         b_share = tl.exp(tl.where(m_item, b_logits - b_new_top[None, :], -1e38))

@@ -30,6 +30,44 @@ void last_items(const EncodeInterestsArgs& args, int row) {
   }
 }
 
+constexpr int kTogether = 4;  // rows whose chains of fma hide one another's latency
+constexpr int kPart = 16;
+
+// logits [rows, columns] = hidden [rows, n_in] W^T + b, as `linear` computes it but for the order of the sum: parts of 16
+// terms, added up with their rounding errors kept (Kahan). A trained model's logits are tens in size while softmax looks
+// at their differences, so that each ulp of a sum of hundreds of terms would be seen in the interests.
+template <int R>
+void logit_rows(const Linear& layer, const float* hidden, int64_t step, float* logits, int64_t columns) {
+  for (int v = 0; v < columns / kLanes; v++) {
+    const float* const weight = weight_vec(layer, v);
+    Vec total[R], lost[R];
+    for (int r = 0; r < R; r++) total[r] = load(layer.bias + v * kLanes), lost[r] = zero();
+    for (int start = 0; start < layer.n_in; start += kPart) {
+      Vec part[R];
+      for (int r = 0; r < R; r++) part[r] = zero();
+      const int end = start + kPart < layer.n_in ? start + kPart : layer.n_in;
+      for (int k = start; k < end; k++) {
+        const Vec w = load(weight + static_cast<int64_t>(k) * kPanel);
+        for (int r = 0; r < R; r++) part[r] = fma(set1(hidden[r * step + k]), w, part[r]);
+      }
+      for (int r = 0; r < R; r++) {
+        const Vec whole = part[r] - lost[r], sum = total[r] + whole;
+        lost[r] = (sum - total[r]) - whole;
+        total[r] = sum;
+      }
+    }
+    for (int r = 0; r < R; r++) store(logits + r * columns + v * kLanes, total[r]);
+  }
+}
+
+void logits_of(const Linear& layer, const float* hidden, int64_t step, int rows, float* logits, int64_t columns) {
+  int row = 0;
+  for (; row + kTogether <= rows; row += kTogether) {
+    logit_rows<kTogether>(layer, hidden + row * step, step, logits + row * columns, columns);
+  }
+  for (; row < rows; row++) logit_rows<1>(layer, hidden + row * step, step, logits + row * columns, columns);
+}
+
 // softmax over n rows of logits, each interest (a column) by itself
 void softmax_columns(float* logits, int64_t n, int64_t width) {
   for (int64_t at = 0; at < width; at += kLanes) {
@@ -73,7 +111,7 @@ bool encode_interests(const EncodeInterestsArgs& args) {
   const auto through_the_layers = [&] {
     linear(first, placed, whole, waiting, hidden, wide);
     for (int i = 0; i < waiting * wide; i += kLanes) store(hidden + i, tanh(load(hidden + i)));
-    linear(second, hidden, wide, waiting, logits + done * columns, columns);
+    logits_of(second, hidden, wide, waiting, logits + done * columns, columns);
     done += waiting;
     waiting = 0;
   };

@@ -108,6 +108,21 @@ def test_logits_far_apart_neither_overflow_nor_mix(encode):
     assert_agree(encode(items, lengths, table.float(), extractor), truth, torch.float32)
 
 
+def test_logits_of_tens_whose_differences_matter_keep_their_digits(encode):
+    """As training makes them: each is a sum of 256 terms that mostly agree, the same for all items but for a few units."""
+    table, extractor = make(64)
+    table[1:] += 2 * table[1].sign()
+    attention = extractor.attention
+    agreed = torch.sign(attention.up[0] @ table[1].sign())
+    large = replace(attention, down=(torch.rand(3, 256).double() * agreed, attention.down[1]))
+    extractor, table = cast(replace(extractor, attention=large), torch.float32), table.float()
+    items, lengths = (torch.cat([part] * 20) for part in histories())
+    items = torch.where(items == PAD, PAD, torch.randint(1, ROWS, items.shape))
+    truth = interests_of(items, lengths, table, extractor)
+    twin = relative_error(encode_interests_ref(items, lengths, table, extractor), truth)
+    assert relative_error(encode(items, lengths, table, extractor), truth) <= 2 * twin + FLOOR[torch.float32]
+
+
 def test_no_users_and_no_places(encode):
     table, extractor = make(8)
     for each in (cast(extractor, torch.float32), replace(extractor, attention=None)):
