@@ -21,7 +21,7 @@ from bench.graphs import graphed_only, loop_in_a_graph
 from bench.inputs import draw_histories, draw_noise, histories_to, padded, some_of
 from bench.ours import our_models
 from bench.published.adrec import PublishedADRec
-from bench.weights import random_weights
+from bench.weights import WeightsOf, random_weights
 from fastdiff.config import ADRecConfig
 from fastdiff.models.adrec import ADRec
 from fastdiff.models.base import Histories, Model
@@ -112,9 +112,11 @@ def loop_of_compiled_steps(wrap: Wrap) -> BoundOp:
     return BoundOp("denoise_attention_loop", "torch", loop)
 
 
-def providers(config: ADRecConfig, batch: int, lengths: str, options: Options) -> Iterator[Provider | Absent]:
+def providers(
+    config: ADRecConfig, batch: int, options: Options, lengths: str, weights_of: WeightsOf = random_weights
+) -> Iterator[Provider | Absent]:
     device = options.device
-    weights = random_weights(config)
+    weights = weights_of(config)
     published = published_adrec(config, weights, device)
     drawn = draw_histories(config, batch, lengths)
     as_loaded = padded(drawn, config)
@@ -157,7 +159,7 @@ def adrec_case(batch: int, lengths: str, only_on: str | None = None, **sizes: in
         f"D = {config.hidden_size}, {config.n_encoder_layers} + {config.n_decoder_layers} blocks, draws given"
     )
     params: dict[str, int | str] = {"lengths": lengths, "batch": batch}
-    build = partial(providers, config, batch, lengths)
+    build = partial(providers, config, batch, lengths=lengths)
     return Case("adrec", params, setting, build, ADRec.ops, OTHERS, only_on=only_on)
 
 

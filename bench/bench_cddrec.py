@@ -21,7 +21,7 @@ from bench.generate import TOP_K, Truth, our_generate
 from bench.inputs import draw_histories, draw_noise, padded
 from bench.ours import engine_ops
 from bench.published.cddrec import CDDRecModel, published_ranking
-from bench.weights import random_weights
+from bench.weights import WeightsOf, random_weights
 from fastdiff.config import CDDRecConfig
 from fastdiff.schedule import ScheduleConfig
 
@@ -62,9 +62,11 @@ def recommend(model: CDDRecModel, as_loaded: Tensor, seen: Tensor, draws: Tensor
     return torch.from_numpy(rows)
 
 
-def providers(config: CDDRecConfig, batch: int, options: Options) -> Iterator[Provider | Absent]:
+def providers(
+    config: CDDRecConfig, batch: int, options: Options, weights_of: WeightsOf = random_weights
+) -> Iterator[Provider | Absent]:
     device = options.device
-    weights = random_weights(config)
+    weights = weights_of(config)
     published = published_cddrec(config, weights, device)
     as_loaded = padded(draw_histories(config, batch, "uniform"), config)
     draws = draw_noise(2, batch, config.max_seq_len, config.hidden_size)

@@ -18,7 +18,7 @@ from bench.generate import TOP_K, Truth, our_generate
 from bench.inputs import draw_histories, draw_noise, padded
 from bench.ours import engine_ops
 from bench.published.dimerec import DimeRec as PublishedDimeRec
-from bench.weights import random_weights
+from bench.weights import WeightsOf, random_weights
 from fastdiff.config import DimeRecConfig
 from fastdiff.schedule import ScheduleConfig
 
@@ -39,9 +39,11 @@ def recommend(module: PublishedDimeRec, states: Tensor, lengths: Tensor, noise: 
     return torch.topk(module.predict(states, lengths, noise), TOP_K, dim=1).indices + 1
 
 
-def providers(config: DimeRecConfig, batch: int, options: Options) -> Iterator[Provider | Absent]:
+def providers(
+    config: DimeRecConfig, batch: int, options: Options, weights_of: WeightsOf = random_weights
+) -> Iterator[Provider | Absent]:
     device = options.device
-    weights = random_weights(config)
+    weights = weights_of(config)
     published = published_dimerec(config, weights, device)
     drawn = draw_histories(config, batch, "uniform")
     states, lengths = padded(drawn, config), drawn.lengths

@@ -50,11 +50,11 @@ def dreamrec_config(
 
 
 def published_dreamrec(
-    config: DreamRecConfig, weights: dict[str, Tensor], device: torch.device
+    config: DreamRecConfig, weights: dict[str, Tensor], device: torch.device, guidance: float = GUIDANCE
 ) -> tuple[PublishedDreamRec, Diffusion]:
     module = PublishedDreamRec(config.hidden_size, config.n_items, config.max_seq_len, config.denoiser)
     load_weights(module, config, weights, device)
-    diffusion = Diffusion(config.schedule.num_train_timesteps, w=GUIDANCE - 1.0, beta_schedule=config.schedule.family)
+    diffusion = Diffusion(config.schedule.num_train_timesteps, w=guidance - 1.0, beta_schedule=config.schedule.family)
     return module, diffusion
 
 

@@ -20,9 +20,11 @@ from bench.generate import TOP_K, Truth, best_rows, our_generate
 from bench.inputs import draw_histories, draw_noise, padded
 from bench.ours import engine_ops
 from bench.published.tarec import TARec as PublishedTARec
-from bench.weights import random_weights
+from bench.weights import WeightsOf, random_weights
 from fastdiff.config import TARecConfig
 from fastdiff.schedule import ScheduleConfig
+
+OTHERS = ("published", "published-compiled", "eager")
 
 
 def tarec_config(num_train_timesteps: int = 1000, hidden_size: int = 64, n_items: int = 12_101) -> TARecConfig:
@@ -65,9 +67,11 @@ class LeanTARec:
         return torch.mm(x_0, net.item_embeddings.weight.T)
 
 
-def providers(config: TARecConfig, batch: int, options: Options) -> Iterator[Provider | Absent]:
+def providers(
+    config: TARecConfig, batch: int, options: Options, weights_of: WeightsOf = random_weights
+) -> Iterator[Provider | Absent]:
     device, timestep = options.device, config.schedule.num_train_timesteps - 1
-    weights = random_weights(config)
+    weights = weights_of(config)
     published = published_tarec(config, weights, device)
     exact = in_float64(published)
     drawn = draw_histories(config, batch, "uniform")
@@ -94,8 +98,7 @@ def tarec_case(batch: int, **sizes: int) -> Case:
     setting = (
         f"histories to the top {TOP_K} of {config.n_items} items, one step, D = {config.hidden_size}, mlp1, own noise"
     )
-    build, others = partial(providers, config, batch), ("published", "published-compiled", "eager")
-    return Case("tarec", {"batch": batch}, setting, build, engine_ops(config), others)
+    return Case("tarec", {"batch": batch}, setting, partial(providers, config, batch), engine_ops(config), OTHERS)
 
 
 CASES = [tarec_case(batch) for batch in (1, 32, 256)]

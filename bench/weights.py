@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastdiff.config import ModelConfig
 from fastdiff.models import model_class
+
+WeightsOf = Callable[[ModelConfig], dict[str, Tensor]]
+"""Where a case's weights come from."""
 
 
 def random_weights(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
