@@ -20,6 +20,7 @@ from bench.bench_dimerec import dimerec_case
 from bench.bench_dreamrec import chain_covariance, dreamrec_case, dreamrec_config, published_dreamrec
 from bench.bench_dreamrec_generate import dreamrec_generate_case
 from bench.bench_memory import memory_case
+from bench.bench_office import office_case
 from bench.bench_score_topk import score_topk_case
 from bench.bench_tarec import tarec_case
 from bench.bench_topk_lists import topk_lists_case
@@ -43,6 +44,7 @@ TINY = {
     "dreamrec": partial(dreamrec_case, num_train_timesteps=6, hidden_size=8, n_items=30),
     "dreamrec_generate": partial(dreamrec_generate_case, num_train_timesteps=6, hidden_size=8, n_items=30),
     "memory": partial(memory_case, 300, 7, dim=8),
+    "office": partial(office_case, "tarec"),
     "score_topk": partial(score_topk_case, 200, 7, dim=8),
     "tarec": partial(tarec_case, num_train_timesteps=9, hidden_size=8, n_items=30),
     "topk_lists": partial(topk_lists_case, "denied", 2000, 7, dim=8),
@@ -75,7 +77,7 @@ def test_every_subject_has_a_tiny_case() -> None:
 
 
 def test_the_targets_of_a_gpu_are_all_cases() -> None:
-    """The sizes that issue 4 names."""
+    """The sizes that have targets."""
     ids = {case.id for case in all_cases(torch.device("cuda"))}
     sizes = [(n, dim, batch) for n in (10**6, 10**7) for dim in (64, 128) for batch in (1, 32, 1024, 8192)]
     assert {f"score_topk/items={n}/dim={dim}/k=100/batch={batch}" for n, dim, batch in sizes} <= ids

@@ -109,7 +109,7 @@ def test_logits_far_apart_neither_overflow_nor_mix(encode):
 
 
 def test_logits_of_tens_whose_differences_matter_keep_their_digits(encode):
-    """As training makes them: each is a sum of 256 terms that mostly agree, the same for all items but for a few units."""
+    """As training makes them: each is a sum of 256 terms that mostly agree, alike for all items."""
     table, extractor = make(64)
     table[1:] += 2 * table[1].sign()
     attention = extractor.attention
