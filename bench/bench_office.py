@@ -23,7 +23,7 @@ from fastdiff.models.adrec import ADRec
 MODELS = Path(__file__).parent / "models" / "amazon-office"
 
 PROVIDERS: Mapping[str, Any] = {
-    # "adrec": partial(bench_adrec.providers, lengths="uniform"),
+    "adrec": partial(bench_adrec.providers, lengths="uniform"),
     "tarec": bench_tarec.providers,
     "dreamrec": partial(bench_dreamrec_generate.providers, guidance=1.0),
     "dimerec": bench_dimerec.providers,
