@@ -67,6 +67,17 @@ class _Chunked(torch.autograd.Function):
         return *(of_loss * gradient for gradient in ctx.saved_tensors), None
 
 
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T. In float32 by oneDNN, which is twice as fast as MKL on processors that are not Intel's; `F.linear` does
+    not choose it, torch.compile does. It compiles a kernel for every shape, in milliseconds: so only for whole chunks,
+    whose shapes do not change."""
+    whole = CHUNK in (*a.shape, *b.shape)
+    if whole and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return product
+    return a @ b.T
+
+
 # --- over the positions of a batch: InfoNCE -------------------------------------------------------------------------
 
 
@@ -98,7 +109,7 @@ class _Contrast(torch.autograd.Function):
         r = z.new_zeros(n)
         for start in range(0, n, _Contrast.STRIP):
             end = min(start + _Contrast.STRIP, n)
-            p = _times(z[start:end], z[start:]).sub_(top).exp_()
+            p = (z[start:end] @ z[start:].T).sub_(top).exp_()
             p[:, : end - start].diagonal().zero_()
             r[start:end] += p.sum(1)
             r[end:] += p[:, end - start :].sum(0)
@@ -106,13 +117,12 @@ class _Contrast(torch.autograd.Function):
         partners = z.roll(n // 2, 0)
         loss = (r.log() + top - (z * partners).sum(1)).mean()
         if ctx.needs_input_grad[0]:
-            u, gradient, columns = 1 / r, -2 * partners, z.T.contiguous()
-            transposed = torch.zeros_like(columns)
+            u, gradient = 1 / r, -2 * partners
             for start, end, p in strips:
                 p.mul_(u[start:end, None] + u[start:])
-                gradient[start:end] += _times(p, columns[:, start:])
-                transposed[:, end:] += _times(columns[:, start:end], p[:, end - start :].T)
-            ctx.save_for_backward(gradient.add_(transposed.T).div_(n))
+                gradient[start:end] += p @ z[start:]
+                gradient[end:] += p[:, end - start :].T @ z[start:end]
+            ctx.save_for_backward(gradient.div_(n))
         return loss
 
     @staticmethod
@@ -133,12 +143,3 @@ def linear_contrast(a: Tensor, b: Tensor, temperature: float, n_features: int) -
     phi = torch.cat([angles.cos(), angles.sin()], dim=1) / math.sqrt(n_features)
     denominators = (phi @ phi.sum(0)).log() + 1 / temperature
     return (denominators - (z * z.roll(len(a), 0)).sum(1) / temperature).mean()
-
-
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T. In float32 by oneDNN, which is twice as fast as MKL on processors that are not Intel's; `F.linear` does
-    not choose it, torch.compile does."""
-    if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return product
-    return a @ b.T
