@@ -272,58 +272,17 @@ def _exact_kernel(
                   keep the device busy with one query; p_found needs room for k keys of each part
     FORCED_LATER  queries that are forced are left to such a launch
     """
+    i_slot = tl.program_id(0).to(tl.int64)
+    first, last, step = 0, 1, 1
     if LISTED:
-        n_listed = tl.load(p_n_listed)
-        for i in range(tl.program_id(0), n_listed, tl.num_programs(0)):
+        first, last, step = tl.program_id(0), tl.load(p_n_listed), tl.num_programs(0)
+    for i in range(first, last, step):  # which is no loop where its bounds are known
+        i_query = i_slot
+        if LISTED:
             i_query = tl.load(p_listed + i).to(tl.int64)
-            _exact_part(
-                i_query,
-                tl.program_id(0).to(tl.int64),
-                p_query,
-                p_items,
-                p_bounds,
-                p_factors,
-                p_floor,
-                p_state,
-                p_open,
-                p_n_open,
-                p_allowed,
-                p_exclude,
-                p_exclude_offsets,
-                p_candidates,
-                p_candidate_offsets,
-                p_sifted,
-                p_keys,
-                p_found,
-                p_n_found,
-                n_rows,
-                dim,
-                item_stride,
-                k,
-                open_width,
-                sift_width,
-                key_width,
-                found_width,
-                SCANNED,
-                LISTED,
-                FORCED_LATER,
-                GROUP,
-                CERTIFIED,
-                HAS_ALLOWED,
-                HAS_EXCLUDE,
-                EXCLUDE_SORTED,
-                HAS_CANDIDATES,
-                BLOCK_R,
-                BLOCK_S,
-                BLOCK_D,
-                BLOCK_K,
-            )
-            tl.debug_barrier()  # the keys are read before those of the next query are written
-    else:
-        i_query = tl.program_id(0).to(tl.int64)
         _exact_part(
             i_query,
-            i_query,
+            i_slot,
             p_query,
             p_items,
             p_bounds,
@@ -363,6 +322,8 @@ def _exact_kernel(
             BLOCK_D,
             BLOCK_K,
         )
+        if LISTED:
+            tl.debug_barrier()  # the keys are read before those of the next query are written
 
 
 # --- the order --------------------------------------------------------------------------------------------------------
