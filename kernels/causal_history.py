@@ -15,7 +15,6 @@ reach memory, and 2 (4 D^2 + 2 D F) bytes of weights in half precision are read 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,23 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.causal_transformer import (
-    CASES,
-    DTYPES,
-    OPTIONS,
-    BlockSizes,
-    PackedBlocks,
-    finish_block,
-    packed_blocks,
-    project,
-    share,
-)
-from fastdiff.kernels.packing import LEAST
+from fastdiff.kernels.causal_history_tiles import MOST_ROWS, attend_candidates, attend_key, row_candidates, row_key
+from fastdiff.kernels.causal_transformer import PackedBlocks, finish_block, packed_blocks, project, share
 from fastdiff.kernels.runtime import next_power_of_2
+from fastdiff.kernels.tuning import choose
 from fastdiff.ops.causal_transformer import BlockWeights
-
-_MANY_ROWS = 64 * 128  # from here on the larger tiles still give every multiprocessor of a large GPU one
-
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -298,7 +285,7 @@ class Histories:
     ) -> Histories:
         stack, users = packed_blocks(blocks), lengths.shape[0]
         sizes = stack.sizes
-        rows = -(-users * longest // 64) * 64  # whole tiles, so that rows are read without masks
+        rows = -(-users * longest // MOST_ROWS) * MOST_ROWS  # whole tiles, so that rows are read without masks
 
         def room(width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(passes, rows, width, dtype=dtype, device=lengths.device)
@@ -339,8 +326,11 @@ class Histories:
         """Where the search for a row's user begins."""
         return next_power_of_2(self.n_users + 1) // 2
 
-    def configuration(self) -> dict[str, Any]:
-        return row_configuration(self.stack.sizes, self.keys_values.dtype, self.most_rows * self.passes)
+    def row_launch(self, n_rows: int | None = None) -> dict[str, Any]:
+        """The constants and options of a kernel on all rows, or on `n_rows`."""
+        sizes, n_rows = self.stack.sizes, self.most_rows * self.passes if n_rows is None else n_rows
+        key = row_key(sizes, self.keys_values.dtype, n_rows)
+        return {**sizes.constants(), **choose("causal_rows", key, row_candidates, self.hidden.device).launch()}
 
     def cache_of(self, layer: int) -> Tensor:
         return self.keys_values[layer if self.keys_values.shape[0] > 1 else 0]
@@ -348,8 +338,9 @@ class Histories:
     def attend(self, layer: int, only_last: bool = False) -> None:
         """Fill `gathered` from the block's queries, keys and values; with `only_last` its first rows, one per user."""
         sizes = self.stack.sizes
-        block_q = LEAST if only_last else min(32, max(LEAST, next_power_of_2(self.longest)))
-        tiles = 1 if only_last else triton.cdiv(self.longest, block_q)
+        key = attend_key(sizes, self.keys_values.dtype, self.longest, only_last)
+        config = choose("causal_attend", key, attend_candidates, self.hidden.device)
+        tiles = 1 if only_last else triton.cdiv(self.longest, config.constants["BLOCK_Q"])
         attend_kernel[(self.n_users * self.passes * tiles, sizes.block_h)](
             self.queries,
             self.cache_of(layer),
@@ -364,7 +355,8 @@ class Histories:
             self.pad.shape[2],
             self.window,
             ONLY_LAST=only_last,
-            **attend_configuration(sizes, block_q, self.keys_values.dtype),
+            **sizes.of_heads(),
+            **config.launch(),
         )
 
     def finish(self, layer: int, rows: Tensor | None = None, queries: bool = True) -> None:
@@ -372,8 +364,8 @@ class Histories:
         matrices, vectors = self.stack.layer(layer)
         after = layer if rows is not None else layer + 1
         next_matrices, next_vectors = self.stack.layer(after)
-        configuration = self.configuration()
-        finish_block_kernel[(triton.cdiv(self.most_rows, configuration["BLOCK_R"]), self.passes)](
+        launch = self.row_launch()
+        finish_block_kernel[(triton.cdiv(self.most_rows, launch["BLOCK_R"]), self.passes)](
             self.hidden,
             self.gathered,
             self.shared,
@@ -391,42 +383,5 @@ class Histories:
             self.stack.eps,
             NEXT=rows is None,
             QUERIES=queries,
-            **configuration,
+            **launch,
         )
-
-
-def attend_configuration(sizes: BlockSizes, block_q: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What `attend_kernel` is compiled for."""
-    constants = sizes.constants()
-    return {
-        **{name: constants[name] for name in ("D", "H", "DH", "BLOCK_H", "BLOCK_DH")},
-        "BLOCK_Q": block_q,
-        "BLOCK_P": 32 if dtype != torch.float32 else 16,
-        "num_warps": 2 if dtype != torch.float32 and block_q * sizes.block_dh <= 1024 else 4,
-        "num_stages": 2,
-    }
-
-
-def row_configuration(sizes: BlockSizes, dtype: torch.dtype, n_rows: int) -> dict[str, Any]:
-    """Tiles of rows and weights of the kernels that act on rows."""
-    half = dtype != torch.float32
-    wide = sizes.block_d > 128
-    return {
-        **sizes.constants(),
-        "BLOCK_R": (32 if wide else 64) if half and n_rows >= _MANY_ROWS else 16,
-        "BLOCK_F": min(sizes.padded_hidden, (32 if wide else 64) if half else 16),
-        "BLOCK_K": 32 if half and sizes.block_d >= 32 else 16,
-        "num_warps": 4 if sizes.block_d <= 64 else 8,
-        "num_stages": 3,
-        "maxnreg": None if half else 255,  # else ptxas spills to make room for another program
-    }
-
-
-def row_cases() -> Iterator[tuple[str, BlockSizes, str, dict[str, Any], dict[str, Any]]]:
-    """Of each of `CASES`: dtype, sizes, "few" or "many" rows, what a kernel on rows is compiled for, its options."""
-    for name, sizes in CASES:
-        for rows, n_rows in (("few", 1), ("many", _MANY_ROWS)):
-            configuration = row_configuration(sizes, DTYPES[name], n_rows)
-            if rows == "few" or configuration != row_configuration(sizes, DTYPES[name], 1):
-                options = {key: configuration.pop(key) for key in OPTIONS if key in configuration}
-                yield name, sizes, rows, configuration, options

@@ -33,10 +33,6 @@ from fastdiff.ops.causal_transformer import BlockWeights
 from fastdiff.per_object import packed
 from fastdiff.staging import finish
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-"""What of a launcher's configuration is for the compiler; the rest are a kernel's constants."""
-
-
 # --- sizes and weights ------------------------------------------------------------------------------------------------
 
 
@@ -83,6 +79,10 @@ class BlockSizes:
             "BLOCK_H": self.block_h,
             "BLOCK_DH": self.block_dh,
         }
+
+    def of_heads(self) -> dict[str, int]:
+        """What a kernel that attends is compiled for."""
+        return {name: size for name, size in self.constants().items() if name not in ("F", "BLOCK_D")}
 
     @classmethod
     def of(cls, block: BlockWeights) -> BlockSizes:

@@ -21,9 +21,7 @@ weights in every step.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,20 +31,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.errors import InvalidArgument
+from fastdiff.kernels.denoise_mlp_network import (
+    ROOMY,
+    network_candidates,
+    network_key,
+    pack_network,
+    pack_sampler,
+    shape_of,
+)
 from fastdiff.kernels.normals import draw_rows
-from fastdiff.kernels.packing import block_of, blocks_of_64, coef_on, join, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import activate, layer_norm_rows, linear_rows, rows_dot
-from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together, shared_memory
+from fastdiff.kernels.runtime import device_int, require, rows_together
 from fastdiff.kernels.sampler_step import unit_rows
-from fastdiff.kernels.tuning import Config, Key, Problem, bucket, choose
+from fastdiff.kernels.tuning import Config, Problem, choose
 from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.ops.denoise_mlp_loop import MLPSampler, MLPWeights
 from fastdiff.ops.step_noise import step_noise
 from fastdiff.per_object import packed
-
-_WIDEST = 256  # block of features that a program's registers hold
-_ROOMY = 160 << 10  # bytes of shared memory of a data centre's GPUs, from which 128 KB of weights can stay in it
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_steps"])
@@ -191,17 +193,6 @@ def _deeper(
     return linear_rows(activate(b_h, ACTIVATION), p_layers + OFFSETS[LAYER], WIDTH, TILE)
 
 
-@dataclass(frozen=True)
-class _Network:
-    """The weights on the device, as the kernel reads them, and what they are."""
-
-    w_in: Tensor
-    layers: Tensor
-    norm: Tensor
-    norm_eps: float
-    constants: dict[str, Any]
-
-
 def denoise_mlp_loop(
     x_t: Tensor | None,
     sampler: MLPSampler,
@@ -213,7 +204,7 @@ def denoise_mlp_loop(
     """See `fastdiff.ops.denoise_mlp_loop.denoise_mlp_loop_ref`. Philox draws are made inside the loop, other ones are
     asked for before it, in the same order. Blocks of features hold up to 256: D, and the layers between the second and
     the last."""
-    network, time, coef, last_draw = packed(sampler, _pack)
+    network, time, coef, last_draw = packed(sampler, pack_sampler)
     n_rows, dim = cond.shape[0], sampler.mlp.w_in.shape[1]
     hidden, dtype = sampler.mlp.w_in.shape[0], cond.dtype
     require("denoise_mlp_loop", "cond", cond, (n_rows, hidden), sampler.mlp.w_in.dtype)
@@ -239,8 +230,8 @@ def denoise_mlp_loop(
     if x_0.numel() == 0:
         return x_0
     from_philox = drawn.row_key is not None and (x_t is None or last_draw >= 0)
-    key = _key(n_rows, network.constants, cond.element_size(), cond.device)
-    config = choose("denoise_mlp_loop", key, _candidates, cond.device)
+    key = network_key(n_rows, network.constants, cond.element_size(), cond.device)
+    config = choose("denoise_mlp_loop", key, network_candidates, cond.device)
     _denoise_mlp_kernel[(triton.cdiv(n_rows, config.constants["BLOCK_R"]),)](
         cond if x_t is None else x_t,
         cond,
@@ -276,104 +267,6 @@ def denoise_mlp_loop(
     return x_0
 
 
-def _key(n_rows: int, network: dict[str, Any], itemsize: int, device: torch.device) -> Key:
-    sizes = (network["BLOCK_D"], network["HIDDEN_PADDED"], *network["WIDTHS"])
-    return bucket(n_rows), itemsize, multiprocessors(device), shared_memory(device), *sizes
-
-
-def _candidates(
-    rows: int, itemsize: int, processors: int, shared: int, block_d: int, padded: int, *widths: int
-) -> list[Config]:
-    """What `_choose` says first; then other numbers of warps, and of weights in flight, for a GPU to say."""
-    network = {"BLOCK_D": block_d, "HIDDEN_PADDED": padded, "WIDTHS": widths}
-    constants, options = _choose(rows, network, itemsize, processors, shared)
-    blocks = {name: value for name, value in constants.items() if name not in network}
-    warps, stages, registers = options["num_warps"], options["num_stages"], options.get("maxnreg")
-    return [
-        Config(blocks, warps, stages, registers),
-        Config(blocks, 12 - warps, stages, registers),
-        Config(blocks, warps, stages - 1 if stages > 1 else 2, registers),
-    ]
-
-
-def _choose(
-    n_rows: int, network: dict[str, Any], itemsize: int, processors: int, shared: int
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The kernel's constants for a network and a number of rows, and the options of its launch."""
-    block_d, padded, widths = network["BLOCK_D"], network["HIDDEN_PADDED"], network["WIDTHS"]
-    widest = max((block_d, *widths))
-    weights = itemsize * sum(n_in * n_out for n_in, n_out in itertools.pairwise((block_d, padded, *widths)))
-    held = weights <= (128 << 10 if shared >= _ROOMY else 64 << 10) and block_of(padded) == padded and len(widths) < 2
-    chunk = (128 if block_d < 256 else 64 if shared >= _ROOMY or itemsize == 4 else 32) // itemsize
-    if itemsize == 4 and len(widths) > 1:
-        chunk = 16  # what it saves, the rows of both branches of the deeper layers take
-    block_h = padded if held or not widths else min(padded, chunk)
-    block_r, most = 16, (4096 if itemsize == 2 else 2048) // (1 if len(widths) < 2 else 2)
-    while 2 * block_r * max(widest, block_h) <= most and n_rows > 4 * processors * block_r:
-        block_r *= 2
-    # float32 is multiplied without matrix units, whose operands pass through registers in small pieces
-    tile = (8192 if len(widths) < 2 else 2048) if itemsize == 4 else 1 << 20 if held else 16384
-    constants = {**network, "STREAMED": not held, "BLOCK_R": block_r, "BLOCK_H": block_h, "TILE": tile}
-    wide = weights >= 64 << 10 if itemsize == 2 else weights > 16 << 10
-    stages = 1 if not widths else 3 if itemsize == 2 and shared >= _ROOMY else 2
-    options = {"num_warps": 8 if wide else 4, "num_stages": stages}
-    # left alone, ptxas gives up registers, and spills, for programs that will never run beside this one; told not to,
-    # it spills in others: what the table of precompile shows decides
-    alone = held or len(widths) > 0 if itemsize == 2 else block_d != 128 and len(widths) < 2
-    return constants, {**options, "maxnreg": 255} if alone else options
-
-
-def _pack(sampler: MLPSampler) -> tuple[_Network, Tensor, Tensor, int]:
-    """The network; the steps' times [S, padded hidden] and coefficients [S, 3] float32; the last step that draws, -1
-    where none does."""
-    network = packed(sampler.mlp, _pack_network)
-    time = torch.nn.functional.pad(sampler.time.detach(), (0, network.w_in.shape[1] - sampler.time.shape[1]))
-    coef = coef_on(sampler.coef, time.device)
-    drawing = [step for step, factor in enumerate(sampler.coef[:, 2].tolist()) if factor]
-    return network, time.contiguous(), coef, max(drawing, default=-1)
-
-
-def _pack_network(mlp: MLPWeights) -> _Network:
-    constants = _shape(mlp.w_in.shape[1], mlp.w_in.shape[0], [weight.shape[0] for weight, _ in mlp.layers])
-    block_d, n_in = constants["BLOCK_D"], constants["HIDDEN_PADDED"]
-    w_in = pack_weight(mlp.w_in, block_d, n_in)
-    parts = []
-    for (weight, bias), width in zip(mlp.layers, constants["WIDTHS"], strict=True):
-        parts += [pack_weight(weight, n_in, width), pack_vector(bias, width)]
-        n_in = width
-    norm, eps = w_in, 0.0
-    if mlp.out_norm is not None:
-        weight, bias, eps = mlp.out_norm
-        norm = join(pack_vector(weight, block_d), pack_vector(bias, block_d))
-    constants |= {"ACTIVATION": mlp.activation, "NORM": mlp.out_norm is not None}
-    return _Network(w_in, join(*parts) if parts else w_in, norm, eps, constants)
-
-
-def _shape(dim: int, hidden: int, widths: list[int]) -> dict[str, Any]:
-    """The constants that a network's sizes decide."""
-    blocks = tuple(block_of(width) for width in widths)
-    if max((block_of(dim), *blocks)) > _WIDEST:
-        raise InvalidArgument(
-            f"denoise_mlp_loop: on 'triton' the state and the layers after the first hidden one have at most {_WIDEST} "
-            f"features (got {[dim, *widths]}); use backend='torch'"
-        )
-    # the first hidden layer is never whole in registers: any number of blocks of 64 will do
-    padded = block_of(hidden) if hidden <= 256 or not widths else blocks_of_64(hidden)
-    offsets, offset, n_in = [], 0, padded
-    for width in blocks:
-        offsets.append(offset)
-        offset += (n_in + 1) * width
-        n_in = width
-    return {
-        "DIM": dim,
-        "HIDDEN": hidden,
-        "HIDDEN_PADDED": padded,
-        "WIDTHS": blocks,
-        "OFFSETS": tuple(offsets),
-        "BLOCK_D": block_of(dim),
-    }
-
-
 def tuning_problems(device: torch.device) -> Iterator[Problem]:
     """What `python -m fastdiff.kernels.tuning` times: DreamRec's and TA-Rec's networks, guided, draws made inside."""
     for dtype in (torch.float32, torch.float16):
@@ -398,10 +291,10 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
             keys = torch.arange(rows, device=device)
             noise = PhiloxNoise(1, keys, keys * 0, dim, dtype)
             uncond = drawn(1, first) if widths else None
-            key = _key(rows, _pack_network(sampler.mlp).constants, dtype.itemsize, device)
+            key = network_key(rows, pack_network(sampler.mlp).constants, dtype.itemsize, device)
             arguments: tuple[Any, ...] = (None, sampler, drawn(rows, first), uncond, 3.0, noise)
             run = partial(denoise_mlp_loop, *arguments)
-            yield Problem("denoise_mlp_loop", key, _candidates(*key), run)  # type: ignore[arg-type]
+            yield Problem("denoise_mlp_loop", key, network_candidates(*key), run)  # type: ignore[arg-type]
 
 
 def cases() -> Iterator[Case]:
@@ -425,15 +318,17 @@ def _cases(
     dtype: str, n_rows: int, dim: int, widths: tuple[int, ...], shared: int = 227 << 10, **changes: bool | str
 ) -> Iterator[Case]:
     """`widths` of the hidden layers; the linear layer behind the last of them has `dim` outputs."""
-    shape = _shape(dim, *((widths[0], [*widths[1:], dim]) if widths else (dim, [])))
+    shape = shape_of(dim, *((widths[0], [*widths[1:], dim]) if widths else (dim, [])))
     kinds = {"ACTIVATION": "gelu", "NORM": False, "GUIDED": False, "START": "drawn", "NOISE": "drawn"}
     sphere = {"NORMALIZE": True, "NORMALIZE_BEFORE": False, "NORMALIZE_START": False}
     itemsize = 4 if dtype == "fp32" else 2
-    found = _candidates(n_rows, itemsize, 132, shared, shape["BLOCK_D"], shape["HIDDEN_PADDED"], *shape["WIDTHS"])
+    found = network_candidates(
+        n_rows, itemsize, 132, shared, shape["BLOCK_D"], shape["HIDDEN_PADDED"], *shape["WIDTHS"]
+    )
     floating = ("p_x_t", "p_cond", "p_uncond", "p_given", "p_w_in", "p_layers", "p_norm", "p_time", "p_x_0")
     strides = ("x_t_stride", "cond_stride", "uncond_stride", "given_step_stride", "given_row_stride")
     words = [str(value if isinstance(value, str) else name).lower() for name, value in changes.items()]
-    words += ["small"] if shared < _ROOMY else []
+    words += ["small"] if shared < ROOMY else []
     tuned = (dim, widths) == (64, (256,))  # of the sizes that are tuned, one
     for i, config in enumerate(found if tuned else found[:1]):
         yield Case(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -11,25 +13,25 @@ from torch import Tensor
 
 from fastdiff.kernels.causal_history import (
     Histories,
-    attend_configuration,
     attend_kernel,
     finish_block_kernel,
     project_and_store,
-    row_cases,
-    row_configuration,
     user_of,
 )
-from fastdiff.kernels.causal_transformer import (
-    CASES,
-    DTYPES,
-    OPTIONS,
-    finish_block,
-    share,
+from fastdiff.kernels.causal_history_tiles import (
+    attend_candidates,
+    attend_cases,
+    attend_key,
+    row_candidates,
+    row_cases,
+    row_key,
 )
+from fastdiff.kernels.causal_transformer import DTYPES, BlockSizes, finish_block, share
 from fastdiff.kernels.packing import block_of, pack_vector
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.rows import layer_norm
 from fastdiff.kernels.runtime import rows_together
+from fastdiff.kernels.tuning import Problem
 from fastdiff.ops.causal_transformer import BlockWeights, Pads
 from fastdiff.per_object import packed
 
@@ -186,8 +188,8 @@ def encode_causal_history(
     histories = Histories.of(blocks, lengths.contiguous(), longest, window, 1, pads.keys_values, keys_values)
     items, item_table = rows_together(items), rows_together(item_table)
     weight, bias, norm_eps = norm
-    configuration = histories.configuration()
-    tiles = (triton.cdiv(histories.most_rows, configuration["BLOCK_R"]),)
+    launch = histories.row_launch()
+    tiles = (triton.cdiv(histories.most_rows, launch["BLOCK_R"]),)
     _embed_items_kernel[tiles](
         items,
         item_table,
@@ -205,7 +207,7 @@ def encode_causal_history(
         histories.search_step,
         norm_eps,
         QUERIES=True,
-        **configuration,
+        **launch,
     )
     of_last = len(blocks) - 1
     for layer in range(of_last):
@@ -217,14 +219,14 @@ def encode_causal_history(
         _finish_last(histories, pad_output, last)
         return rows, last
     histories.finish(of_last, rows)
-    constants = {name: configuration[name] for name in ("D", "BLOCK_D")}
+    constants = {name: launch[name] for name in ("D", "BLOCK_D")}
     _last_rows_kernel[(users,)](rows, histories.lengths, histories.ends, pad_output, last, **constants, num_warps=1)
     return rows, last
 
 
 def _finish_last(histories: Histories, pad_output: Tensor, last: Tensor) -> None:
-    configuration = row_configuration(histories.stack.sizes, last.dtype, last.shape[0])
-    _finish_last_kernel[(triton.cdiv(last.shape[0], configuration["BLOCK_R"]),)](
+    launch = histories.row_launch(last.shape[0])
+    _finish_last_kernel[(triton.cdiv(last.shape[0], launch["BLOCK_R"]),)](
         histories.hidden,
         histories.gathered,
         histories.shared,
@@ -235,7 +237,7 @@ def _finish_last(histories: Histories, pad_output: Tensor, last: Tensor) -> None
         last,
         last.shape[0],
         histories.stack.eps,
-        **configuration,
+        **launch,
     )
 
 
@@ -244,11 +246,50 @@ def _norm_vector(values: Tensor) -> Tensor:
     return pack_vector(values.to(torch.float32), block_of(values.shape[0]))
 
 
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times: ADRec's published sizes, windows full but for one user's.
+
+    The winners are those of prepare_causal_prefix as well, whose histories are one slot shorter."""
+    dim, heads, rows, n_blocks = 128, 4, 1000, 2
+    for dtype in DTYPES.values():
+        ones, zeros = torch.ones(dim, dtype=dtype, device=device), torch.zeros(4 * dim, dtype=dtype, device=device)
+
+        def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            scale = 1.0 / float(shape[-1]) ** 0.5
+            values: Tensor = (scale * torch.randn(*shape, device=device)).to(dtype)
+            return values
+
+        block = BlockWeights(
+            *(drawn(3 * dim, dim), zeros[: 3 * dim], drawn(dim, dim), zeros[:dim], (ones, zeros[:dim])),
+            *(drawn(4 * dim, dim), zeros, drawn(dim, 4 * dim), zeros[:dim], (ones, zeros[:dim])),
+            n_heads=heads,
+        )
+        pads, sizes = Pads(drawn(n_blocks, 1, 2 * dim), drawn(1, dim)), BlockSizes.of(block)
+        table, norm = drawn(rows, dim), (ones, zeros[:dim], 1e-12)
+        for users, slots in ((1, 16), (32, 50), (256, 50), (2048, 50)):
+            items = torch.randint(1, rows, (users, slots), device=device)
+            lengths = torch.full((users,), slots, device=device)
+            arguments = (items, lengths, table, norm, (block,) * n_blocks, pads, 50)
+            every, last = (partial(_rows_or_last, *arguments, only_last) for only_last in (False, True))
+            of_rows = row_key(sizes, dtype, users * slots)
+            yield Problem("causal_rows", of_rows, row_candidates(*of_rows), every)  # type: ignore[arg-type]
+            for run, only_last in ((every, False), (last, True)) if users in (1, 256) else ():
+                key = attend_key(sizes, dtype, slots, only_last)
+                yield Problem("causal_attend", key, attend_candidates(*key), run)  # type: ignore[arg-type]
+
+
+def _rows_or_last(*arguments: Any) -> Tensor:
+    rows, last = encode_causal_history(*arguments)
+    return rows if len(rows) else last
+
+
 def cases() -> Iterator[Case]:
-    """What `python -m fastdiff.kernels.precompile` compiles."""
-    for name, sizes, n_rows, configuration, options in row_cases():
-        half = name != "fp32"
-        at = f"{name} D={sizes.dim} H={sizes.n_heads} {n_rows} rows"
+    """What `python -m fastdiff.kernels.precompile` compiles. Of what runs only where it was measured to be faster, the
+    kernels that take most: the embedding's and the one that goes on to the next block."""
+    for name, sizes, rows, config, first in row_cases():
+        at, options = f"{name} D={sizes.dim} H={sizes.n_heads} {rows} rows", config.options()
+        constants = {**sizes.constants(), **config.constants}
+        flags: dict[str, Any] = {"hot": first and sizes.dim <= 128, "tensor_core": name != "fp32"}
         floating = dict.fromkeys(("p_table", "p_matrices", "p_shared", "p_queries", "p_keys_values"), f"*{name}")
         vectors = dict.fromkeys(("p_norm_weight", "p_norm_bias", "p_vectors", "p_hidden"), "*fp32")
         integers = dict.fromkeys(("items_stride", "table_stride", "n_users", "search_step"), "i32")
@@ -256,30 +297,29 @@ def cases() -> Iterator[Case]:
             f"{at} embed",
             _embed_items_kernel,
             {**floating, **vectors, "p_items": "*i64", "p_ends": "*i64", **integers, "norm_eps": "fp32"},
-            {"QUERIES": True, **configuration},
+            {"QUERIES": True, **constants},
             options,
-            hot=sizes.dim <= 128,
-            tensor_core=half,
+            **flags,
         )
         floating = dict.fromkeys(("p_gathered", "p_shared", "p_matrices", "p_pad_output", "p_last"), f"*{name}")
-        yield Case(
-            f"{at} finish last",
-            _finish_last_kernel,
-            {
-                **floating,
-                **dict.fromkeys(("p_hidden", "p_vectors"), "*fp32"),
-                **dict.fromkeys(("p_lengths", "p_ends"), "*i64"),
-                "n_users": "i32",
-                "eps": "fp32",
-            },
-            configuration,
-            options,
-            hot=sizes.dim <= 128,
-            tensor_core=half,
-        )
+        if first:
+            yield Case(
+                f"{at} finish last",
+                _finish_last_kernel,
+                {
+                    **floating,
+                    **dict.fromkeys(("p_hidden", "p_vectors"), "*fp32"),
+                    **dict.fromkeys(("p_lengths", "p_ends"), "*i64"),
+                    "n_users": "i32",
+                    "eps": "fp32",
+                },
+                constants,
+                options,
+                **flags,
+            )
         floating = dict.fromkeys(("p_gathered", "p_shared", "p_matrices", "p_next_matrices"), f"*{name}")
         floating |= dict.fromkeys(("p_rows", "p_queries", "p_keys_values"), f"*{name}")
-        for after in (True, False):
+        for after in (True, False) if first else (True,):
             yield Case(
                 f"{at} finish{', next' if after else ''}",
                 finish_block_kernel,
@@ -290,29 +330,26 @@ def cases() -> Iterator[Case]:
                     **dict.fromkeys(("n_users", "capacity", "n_slots"), "i32"),
                     "eps": "fp32",
                 },
-                {"NEXT": after, "QUERIES": True, **configuration},
+                {"NEXT": after, "QUERIES": True, **constants},
                 options,
-                hot=sizes.dim <= 128,
-                tensor_core=half,
+                **flags,
             )
-    for name, sizes in CASES:
-        for only_last, block_q in ((False, 32), (True, 16)):
-            configuration = attend_configuration(sizes, block_q, DTYPES[name])
-            options = {key: configuration.pop(key) for key in OPTIONS if key in configuration}
-            yield Case(
-                f"{name} D={sizes.dim} H={sizes.n_heads} attend{' last' if only_last else ''}",
-                attend_kernel,
-                {
-                    **dict.fromkeys(("p_queries", "p_keys_values", "p_pad", "p_gathered"), f"*{name}"),
-                    **dict.fromkeys(("p_lengths", "p_ends"), "*i64"),
-                    **dict.fromkeys(("capacity", "n_slots", "n_users", "n_tiles", "pad_stride", "window"), "i32"),
-                },
-                {"ONLY_LAST": only_last, **configuration},
-                options,
-                hot=sizes.dim <= 128,
-                tensor_core=name != "fp32",
-            )
-    for name in ("fp32", "fp16", "bf16"):
+    for name, sizes, only_last, config, first in attend_cases():
+        words = "" if first else f" {config.words()}"
+        yield Case(
+            f"{name} D={sizes.dim} H={sizes.n_heads} attend{' last' if only_last else ''}{words}",
+            attend_kernel,
+            {
+                **dict.fromkeys(("p_queries", "p_keys_values", "p_pad", "p_gathered"), f"*{name}"),
+                **dict.fromkeys(("p_lengths", "p_ends"), "*i64"),
+                **dict.fromkeys(("capacity", "n_slots", "n_users", "n_tiles", "pad_stride", "window"), "i32"),
+            },
+            {"ONLY_LAST": only_last, **sizes.of_heads(), **config.constants},
+            config.options(),
+            hot=first and sizes.dim <= 128,
+            tensor_core=name != "fp32",
+        )
+    for name in DTYPES:
         yield Case(
             f"{name} D=128 last rows",
             _last_rows_kernel,

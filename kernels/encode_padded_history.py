@@ -27,10 +27,10 @@ from torch import Tensor
 from fastdiff.kernels.packing import block_of
 from fastdiff.kernels.padded_transformer import (
     Finish,
-    after_attention,
     dtype_key,
-    feed_forward,
     finish_candidates,
+    finish_kernel,
+    finish_rows,
     finish_types,
     pack_vectors,
 )
@@ -216,51 +216,6 @@ def _attend_kernel(
     tl.store(p_has_key + i_user, (tl.max(b_weights, axis=0) > 0.0).to(tl.int8))
 
 
-@triton.jit(do_not_specialize=["n_rows"])
-def _finish_kernel(
-    p_gathered,
-    p_residual,
-    p_out,
-    p_rows,
-    p_up,
-    p_up_bias,
-    p_down,
-    p_shared,
-    p_has_key,
-    p_empty,
-    p_y,
-    depth,
-    n_rows,
-    eps,
-    SELECT: tl.constexpr,
-    GELU: tl.constexpr,
-    D: tl.constexpr,
-    DEPTH: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """A block's output y [n_rows, D] from the residual stream and what its heads gathered; where SELECT, `empty` for
-    the users without a key."""
-    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_row = o_row < n_rows
-    o_dim = tl.arange(0, BLOCK_D)
-    b_h = after_attention(
-        p_gathered, depth, p_residual, D, p_out, p_rows, o_row, m_row, depth, eps, D, DEPTH, BLOCK_D, BLOCK_K
-    )
-    b_y = feed_forward(b_h, p_shared + o_row * BLOCK_D, p_up, p_up_bias, p_down, GELU, F, BLOCK_D, BLOCK_F, BLOCK_K)
-    b_y += tl.load(p_rows + 3 * BLOCK_D + o_dim)[None, :]
-    b_y = layer_norm(b_y, p_rows + 4 * BLOCK_D, p_rows + 5 * BLOCK_D, eps, D, BLOCK_D)
-    if SELECT:
-        b_has_key = tl.load(p_has_key + o_row, mask=m_row, other=0)
-        b_empty = tl.load(p_empty + o_dim, mask=o_dim < D, other=0.0).to(tl.float32)
-        b_y = tl.where((b_has_key != 0)[:, None], b_y, b_empty[None, :])
-    mask = m_row[:, None] & (o_dim < D)[None, :]
-    tl.store(p_y + o_row[:, None] * D + o_dim[None, :], b_y.to(p_y.dtype.element_ty), mask=mask)
-
-
 # --- the launcher -----------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +271,7 @@ def encode_padded_history(items: Tensor, lengths: Tensor, item_table: Tensor, en
         **config.launch(),
     )
     context = torch.empty(n_users, dim, dtype=dtype, device=device)
-    _finish(last, weights.finish[-1], mixed, query, context, has_key, encoder.empty)
+    finish_rows(last, weights.finish[-1], mixed, query, context, has_key, encoder.empty)
     return context
 
 
@@ -330,46 +285,9 @@ def _lower(
     for block, finish in zip(encoder.blocks[:-1], weights.finish[:-1], strict=True):
         gathered = block.gather_all(narrow.view(n_users, width, -1), is_key).reshape(n_users * width, -1)
         after = torch.empty_like(x)
-        _finish(block, finish, gathered, x, after)
+        finish_rows(block, finish, gathered, x, after)
         x, narrow = after, after.to(narrow.dtype)
     return x
-
-
-def _finish(
-    block: PaddedBlock,
-    finish: Finish,
-    gathered: Tensor,
-    residual: Tensor,
-    y: Tensor,
-    has_key: Tensor | None = None,
-    empty: Tensor | None = None,
-) -> None:
-    """Fill y [R, D]; where there is `has_key` [R], with `empty` where that is 0."""
-    rows, block_d = y.shape[0], finish.out.shape[1]
-    key = (bucket(rows, least=16), block_d, dtype_key(gathered.dtype))
-    config = choose("finish", key, finish_candidates, y.device)
-    programs = triton.cdiv(rows, config.constants["BLOCK_R"])
-    shared = gathered.new_empty(programs * config.constants["BLOCK_R"], block_d)
-    _finish_kernel[(programs,)](
-        gathered,
-        residual,
-        finish.out,
-        finish.rows,
-        finish.up,
-        finish.up_bias,
-        finish.down,
-        shared,
-        finish.rows if has_key is None else has_key,
-        finish.rows if empty is None else empty,
-        y,
-        finish.depth,
-        rows,
-        block.eps,
-        SELECT=has_key is not None,
-        GELU=block.activation == "gelu",
-        **finish.constants(),
-        **config.launch(),
-    )
 
 
 def _embed_rows(block_d: int) -> int:
@@ -441,7 +359,7 @@ def cases() -> Iterator[Case]:
                 constants = {"DEPTH": heads * dim, "F": 4 * dim, "SELECT": True, "GELU": True}
                 yield Case(
                     f"finish {dtype} D={dim} {config.words()}",
-                    _finish_kernel,
+                    finish_kernel,
                     {**finish_types(dtype), **last},
                     {**sizes, **constants, **config.constants},
                     config.options(),

@@ -1,4 +1,5 @@
-"""What the kernels of CDDRec share: weights as they read them, and what is done to a block of rows.
+"""The rest of a block behind its attention, in CDDRec's encoder and decoder: weights as kernels read them, what is done
+to a block of rows, and the kernel that does all of it.
 
 Matrices stand transposed, [inputs, outputs], vectors in float32, both with zeros up to whole blocks: tiles of weights
 are read without masks, and what lies beyond the model's own dims is 0 at every stage. A row's residual stream, norms
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from fastdiff.kernels.packing import block_of, pack_weight
 from fastdiff.kernels.rows import activate, layer_norm
-from fastdiff.kernels.tuning import Config
-from fastdiff.ops.padded_transformer import Layer
+from fastdiff.kernels.tuning import Config, bucket, choose
+from fastdiff.ops.padded_transformer import Layer, PaddedBlock
 
 _SHARED = 72 << 10  # bytes for the tiles that are fetched ahead: what every GPU since sm_80 has, with room for the rest
 
@@ -173,6 +174,91 @@ def after_attention(
         b_weight = tl.load(p_out + o_in[:, None] * BLOCK_D + o_dim[None, :])
         b_sum = tl.dot(b_gathered, b_weight, b_sum, input_precision="ieee")
     return layer_norm(b_sum, p_rows + BLOCK_D, p_rows + 2 * BLOCK_D, eps, D, BLOCK_D)
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def finish_kernel(
+    p_gathered,
+    p_residual,
+    p_out,
+    p_rows,
+    p_up,
+    p_up_bias,
+    p_down,
+    p_shared,
+    p_has_key,
+    p_empty,
+    p_y,
+    depth,
+    n_rows,
+    eps,
+    SELECT: tl.constexpr,
+    GELU: tl.constexpr,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """A block's output y [n_rows, D] from the residual stream and what its heads gathered; where SELECT, `empty` for
+    the users without a key."""
+    o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_row = o_row < n_rows
+    o_dim = tl.arange(0, BLOCK_D)
+    b_h = after_attention(
+        p_gathered, depth, p_residual, D, p_out, p_rows, o_row, m_row, depth, eps, D, DEPTH, BLOCK_D, BLOCK_K
+    )
+    b_y = feed_forward(b_h, p_shared + o_row * BLOCK_D, p_up, p_up_bias, p_down, GELU, F, BLOCK_D, BLOCK_F, BLOCK_K)
+    b_y += tl.load(p_rows + 3 * BLOCK_D + o_dim)[None, :]
+    b_y = layer_norm(b_y, p_rows + 4 * BLOCK_D, p_rows + 5 * BLOCK_D, eps, D, BLOCK_D)
+    if SELECT:
+        b_has_key = tl.load(p_has_key + o_row, mask=m_row, other=0)
+        b_empty = tl.load(p_empty + o_dim, mask=o_dim < D, other=0.0).to(tl.float32)
+        b_y = tl.where((b_has_key != 0)[:, None], b_y, b_empty[None, :])
+    mask = m_row[:, None] & (o_dim < D)[None, :]
+    tl.store(p_y + o_row[:, None] * D + o_dim[None, :], b_y.to(p_y.dtype.element_ty), mask=mask)
+
+
+def finish_rows(
+    block: PaddedBlock,
+    finish: Finish,
+    gathered: Tensor,
+    residual: Tensor,
+    y: Tensor,
+    has_key: Tensor | None = None,
+    empty: Tensor | None = None,
+) -> None:
+    """Fill y [R, D]; where there is `has_key` [R], with `empty` where that is 0."""
+    rows, block_d = y.shape[0], finish.out.shape[1]
+    key = (bucket(rows, least=16), block_d, dtype_key(gathered.dtype))
+    config = choose("finish", key, finish_candidates, y.device)
+    programs = triton.cdiv(rows, config.constants["BLOCK_R"])
+    shared = gathered.new_empty(programs * config.constants["BLOCK_R"], block_d)
+    finish_kernel[(programs,)](
+        gathered,
+        residual,
+        finish.out,
+        finish.rows,
+        finish.up,
+        finish.up_bias,
+        finish.down,
+        shared,
+        finish.rows if has_key is None else has_key,
+        finish.rows if empty is None else empty,
+        y,
+        finish.depth,
+        rows,
+        block.eps,
+        SELECT=has_key is not None,
+        GELU=block.activation == "gelu",
+        **finish.constants(),
+        **config.launch(),
+    )
 
 
 def finish_types(dtype: str) -> dict[str, Any]:

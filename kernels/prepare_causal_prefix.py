@@ -1,4 +1,5 @@
-"""prepare_causal_prefix in Triton: see `fastdiff.kernels.causal_history` for how the blocks run."""
+"""prepare_causal_prefix in Triton: see `fastdiff.kernels.causal_history` for how the blocks run. Its launches take what
+encode_causal_history's problems tell of tiles; `_slots_kernel` has nothing to choose."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.causal_history import Histories, project_and_store, row_cases, user_of
+from fastdiff.kernels.causal_history import Histories, project_and_store, user_of
+from fastdiff.kernels.causal_history_tiles import row_cases
 from fastdiff.kernels.causal_transformer import share
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import rows_together
@@ -143,8 +145,8 @@ def prepare_causal_prefix(
     if users * width:
         histories = Histories.of(blocks, slots, width, window - 1, passes, pads.keys_values, keys_values)
         condition, items, item_table = rows_together(condition), rows_together(items), rows_together(item_table)
-        configuration = histories.configuration()
-        _embed_targets_kernel[(triton.cdiv(histories.most_rows, configuration["BLOCK_R"]), passes)](
+        launch = histories.row_launch()
+        _embed_targets_kernel[(triton.cdiv(histories.most_rows, launch["BLOCK_R"]), passes)](
             condition,
             items,
             item_table,
@@ -167,7 +169,7 @@ def prepare_causal_prefix(
             input_scale,
             NORMALIZE=normalize,
             QUERIES=len(blocks) > 1,
-            **configuration,
+            **launch,
         )
         for layer in range(len(blocks) - 1):
             histories.attend(layer)
@@ -178,9 +180,10 @@ def prepare_causal_prefix(
 
 
 def cases() -> Iterator[Case]:
-    """What `python -m fastdiff.kernels.precompile` compiles; the other kernels are among `encode_causal_history`'s."""
-    for name, sizes, rows, configuration, options in row_cases():
-        for queries in (True, False):
+    """What `python -m fastdiff.kernels.precompile` compiles; the other kernels are among `encode_causal_history`'s, and
+    so are the configurations that run only where they were measured to be faster."""
+    for name, sizes, rows, config, first in row_cases():
+        for queries in (True, False) if first else ():
             floating = ("condition", "table", "time", "matrices", "shared", "queries", "keys_values")
             strides = ("condition_stride", "items_stride", "table_stride")
             sizes_of = ("n_users", "search_step", "capacity", "n_slots")
@@ -194,8 +197,8 @@ def cases() -> Iterator[Case]:
                     **dict.fromkeys((*strides, *sizes_of), "i32"),
                     "input_scale": "fp32",
                 },
-                {"NORMALIZE": queries, "QUERIES": queries, **configuration},
-                options,
+                {"NORMALIZE": queries, "QUERIES": queries, **sizes.constants(), **config.constants},
+                config.options(),
                 hot=sizes.dim <= 128,
                 tensor_core=name != "fp32",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -14,6 +15,7 @@ from fastdiff.kernels.normals import draw_rows
 from fastdiff.kernels.packing import blocks_of_64, pack_vector, pack_weight
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import device_int, multiprocessors, require, rows_together
+from fastdiff.kernels.tuning import Config, Key, Problem, bucket, choose
 from fastdiff.noise import Noise, PhiloxNoise
 from fastdiff.per_object import packed
 
@@ -86,8 +88,10 @@ def sample_affine(form: ClosedForm, cond: Tensor, uncond: Tensor | None, guidanc
     if x_0.numel() == 0:
         return x_0
     cond, z = rows_together(cond), rows_together(z)
-    constants = _blocks(n_rows, dim, cond.element_size(), multiprocessors(cond.device))
-    _sample_affine_kernel[(triton.cdiv(n_rows, constants["BLOCK_R"]), triton.cdiv(dim, constants["BLOCK_N"]))](
+    key = _key(n_rows, gain.shape[1], cond.element_size(), cond.device)
+    config = choose("sample_affine", key, _candidates, cond.device)
+    programs = (triton.cdiv(n_rows, config.constants["BLOCK_R"]), triton.cdiv(dim, config.constants["BLOCK_N"]))
+    _sample_affine_kernel[programs](
         cond,
         cond if uncond is None else uncond,
         z,
@@ -107,9 +111,7 @@ def sample_affine(form: ClosedForm, cond: Tensor, uncond: Tensor | None, guidanc
         DIM=dim,
         GUIDED=uncond is not None,
         DRAWN=drawn is not None,
-        **constants,
-        num_warps=4,
-        num_stages=2,
+        **config.launch(),
     )
     return x_0
 
@@ -119,34 +121,68 @@ def _pack(form: ClosedForm) -> tuple[Tensor, Tensor, Tensor]:
     return pack_weight(form.gain, n, n), pack_vector(form.offset, n), pack_weight(form.factor, n, n)
 
 
-def _blocks(n_rows: int, dim: int, itemsize: int, processors: int) -> dict[str, int]:
-    padded = blocks_of_64(dim)
-    many = itemsize == 2 and n_rows >= 32 * processors  # float32 would spill
-    return {
-        "BLOCK_R": 32 if many else 16,
-        "BLOCK_K": min(padded, 32),
-        "BLOCK_N": min(padded, 64 if many else 32),
-    }
+def _key(n_rows: int, padded: int, itemsize: int, device: torch.device) -> Key:
+    many = itemsize == 2 and n_rows >= 32 * multiprocessors(device)  # float32 would spill
+    return bucket(n_rows), "many" if many else "few", padded, itemsize
+
+
+def _candidates(rows: int, many: str, padded: int, itemsize: int) -> list[Config]:
+    """Tiles of x_0 with programs enough; then other ones, of which wider ones make the draws of a row less often, and
+    one whose weights are fetched two tiles ahead."""
+    tiles = [(16, 32), (16, 64), *([(32, 64)] if itemsize == 2 else [])]
+    if many == "many":
+        tiles.reverse()
+    depth = min(padded, 32)
+
+    def config(block_r: int, block_n: int, stages: int = 2) -> Config:
+        block_n = min(padded, block_n)
+        shared = (stages - 1) * itemsize * depth * (2 * block_r + 2 * block_n)
+        return Config({"BLOCK_R": block_r, "BLOCK_K": depth, "BLOCK_N": block_n}, 4, stages, shared=shared)
+
+    found = [*(config(*tile) for tile in tiles), config(*tiles[0], stages=3)]
+    return [config for i, config in enumerate(found) if config not in found[:i]]
+
+
+def tuning_problems(device: torch.device) -> Iterator[Problem]:
+    """What `python -m fastdiff.kernels.tuning` times: DreamRec's linear denoiser, guided, its draw made inside."""
+    for dtype in (torch.float32, torch.float16):  # bfloat16 is as float16
+        for rows, dim in ((1, 64), (32, 64), (1024, 64), (8192, 64), (1024, 128), (8192, 128)):
+            gain, factor = (torch.randn(2, dim, dim, device=device) / dim**0.5).to(dtype)
+            offset = torch.zeros(dim, dtype=dtype, device=device)
+            form = ClosedForm(gain, offset, factor, factor, 1.0)
+            cond, uncond = (torch.randn(n, dim, device=device).to(dtype) for n in (rows, 1))
+            keys = torch.arange(rows, device=device)
+            noise = PhiloxNoise(1, keys, keys * 0, dim, dtype)
+            key = _key(rows, blocks_of_64(dim), dtype.itemsize, device)
+            run = partial(sample_affine, form, cond, uncond, 3.0, noise)
+            yield Problem("sample_affine", key, _candidates(*key), run)  # type: ignore[arg-type]
 
 
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
-    for dtype, n_rows, dim in (
-        ("fp32", 1, 64),
-        ("fp32", 1 << 20, 128),
-        ("fp16", 1, 128),
-        ("fp16", 1 << 20, 64),
-        ("bf16", 1, 64),
-        ("bf16", 1 << 20, 128),
+    seen: dict[str, list[Config]] = {}
+    for dtype, many, dim in (
+        ("fp32", "few", 64),
+        ("fp32", "few", 128),
+        ("fp16", "few", 128),
+        ("fp16", "many", 64),
+        ("bf16", "few", 64),
+        ("bf16", "many", 128),
     ):
-        yield Case(
-            f"{dtype} R={n_rows} D={dim}",
-            _sample_affine_kernel,
-            dict.fromkeys(("p_cond", "p_uncond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
-            | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
-            | dict.fromkeys(("cond_stride", "uncond_stride", "z_stride", "n_rows", "padded"), "i32")
-            | {"guidance_scale": "fp32"},
-            {"DIM": dim, "GUIDED": True, "DRAWN": True} | _blocks(n_rows, dim, 4 if dtype == "fp32" else 2, 132),
-            {"num_warps": 4, "num_stages": 2},
-            tensor_core=dtype != "fp32",
-        )
+        first, *others = _candidates(1, many, blocks_of_64(dim), 4 if dtype == "fp32" else 2)
+        done = seen.setdefault(dtype, [])
+        new = [config for config in others if config not in done and dtype != "bf16"]  # which is as float16
+        done += new
+        for config in (first, *new):
+            yield Case(
+                f"{dtype} {many} D={dim} {config.words()} stages={config.num_stages}",
+                _sample_affine_kernel,
+                dict.fromkeys(("p_cond", "p_uncond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
+                | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
+                | dict.fromkeys(("cond_stride", "uncond_stride", "z_stride", "n_rows", "padded"), "i32")
+                | {"guidance_scale": "fp32"},
+                {"DIM": dim, "GUIDED": True, "DRAWN": True, **config.constants},
+                config.options(),
+                hot=config == first,  # another one is taken only where it was measured to be faster
+                tensor_core=dtype != "fp32",
+            )
