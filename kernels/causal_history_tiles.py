@@ -1,8 +1,7 @@
 """Tiles, warps and stages of the kernels over packed histories: what serves everywhere, and what a GPU may prefer.
 
-A kernel on rows moves, per stage, its rows and the tiles of weights that they meet: of the projections three [BLOCK_K,
-E], of the units one [D, BLOCK_F] and one [BLOCK_F, D]. More rows read the weights less often and leave fewer programs;
-two stages in place of three leave room for another program beside it, and for smaller GPUs.
+More rows read the weights less often and leave fewer programs; two stages in place of three leave room for another
+program beside it, and for smaller GPUs.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastdiff.kernels.causal_transformer import CASES, DTYPES, BlockSizes
+from fastdiff.kernels.causal_transformer import CASES, DTYPES, BlockSizes, stage_bytes
 from fastdiff.kernels.packing import LEAST
 from fastdiff.kernels.padded_transformer import dtype_key
 from fastdiff.kernels.tuning import Config, Key, bucket
@@ -46,17 +45,10 @@ def row_candidates(rows: int, many: str, block_d: int, block_e: int, padded_hidd
             num_warps,
             stages,
             maxnreg=None if half else 255,  # else ptxas spills to make room for another program
-            shared=(stages - 1) * _stage(block_r, block_f, block_k, block_d, block_e, 2 if half else 4),
+            shared=(stages - 1) * stage_bytes(block_r, block_f, block_k, block_d, block_e, 2 if half else 4),
         )
         for block_r, num_warps, stages, block_f, block_k in shapes
     ]
-
-
-def _stage(block_r: int, block_f: int, block_k: int, block_d: int, block_e: int, itemsize: int) -> int:
-    """Bytes of shared memory of a stage, without the more that larger GPUs take for their larger matrix units."""
-    projections = block_r * block_k + 3 * block_k * block_e
-    units = block_r * block_d + 2 * block_f * block_d
-    return itemsize * max(projections, units)
 
 
 def attend_key(sizes: BlockSizes, dtype: torch.dtype, longest: int, only_last: bool) -> Key:
@@ -82,14 +74,15 @@ def attend_candidates(slots: int, which: str, block_dh: int, dtype: str) -> list
 
 def row_cases() -> Iterator[tuple[str, BlockSizes, str, Config, bool]]:
     """Of each of `CASES`: dtype, sizes, "few" or "many" rows, and what a kernel on rows is launched with: unasked, or
-    else, of the sizes that are tuned, where it was measured to be faster."""
+    else where it was measured to be faster, of the sizes that are tuned, or where no other fits, of wide ones."""
     for name, sizes in CASES:
         seen: list[Config] = []
         for rows, n_rows in (("few", 1), ("many", _MANY_ROWS)):
             first, *others = row_candidates(*row_key(sizes, DTYPES[name], n_rows))  # type: ignore[arg-type]
             if first not in seen:
                 yield name, sizes, rows, first, True
-            new = [config for config in others if config not in seen] if _is_tuned(name, sizes) else []
+            others = others if _is_tuned(name, sizes) else others[-1:] if sizes.block_d > 128 else []
+            new = [config for config in others if config not in seen]
             for config in new:
                 yield name, sizes, f"{rows} {config.words()} stages={config.num_stages}", config, False
             seen += [first, *new]

@@ -257,3 +257,12 @@ def finish_block(
         b_weight = tl.load(p_down + o_unit[:, None] * BLOCK_D + o_dim[None, :])
         b_h = tl.dot(b_up.to(p_matrices.dtype.element_ty), b_weight, b_h, input_precision="ieee")
     return layer_norm(b_h, p_row + 4 * BLOCK_D, p_row + 5 * BLOCK_D, eps, D, BLOCK_D)
+
+
+def stage_bytes(block_r: int, block_f: int, block_k: int, block_d: int, block_e: int, itemsize: int) -> int:
+    """Bytes of shared memory that a stage of `project` or `finish_block` moves: rows, and the tiles of weights that
+    they meet, three [BLOCK_K, E], or one [D, BLOCK_F] and one [BLOCK_F, D]. One stage less is held than there are, but
+    by the matrix units of sm_90 and sm_100 with 64 rows, whose chips have room for it."""
+    projections = block_r * block_k + 3 * block_k * block_e
+    units = block_r * block_d + 2 * block_f * block_d
+    return itemsize * max(projections, units)

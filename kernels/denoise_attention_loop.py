@@ -27,6 +27,7 @@ from fastdiff.kernels.causal_transformer import (
     packed_blocks,
     project,
     share,
+    stage_bytes,
 )
 from fastdiff.kernels.normals import normal_rows
 from fastdiff.kernels.packing import coef_on
@@ -293,22 +294,25 @@ def _key(programs: int, sizes: BlockSizes, dtype: torch.dtype) -> Key:
 
 def _candidates(programs: int, block_d: int, block_e: int, padded_hidden: int, dtype: str) -> list[Config]:
     """Tiles of weights and slots. With a warp for every 16 of a row's dims, the slots of a tile lie in one thread; then
-    another number of warps, and of slots, for a GPU to say."""
+    another number of warps, and of slots, for a GPU to say; of wide blocks, the smallest tiles, for smaller GPUs."""
     half, wide = dtype != "float32", block_d > 128
     num_warps = min(8, max(4, block_e // 16))
     block_p = 4 if half and not wide else 2
     block_f = min(padded_hidden, (32 if wide else 64) if half else 16)
+    block_k = 32 if half and block_d >= 32 else 16
 
-    def config(warps: int, block_p: int, block_f: int) -> Config:
+    def config(warps: int, block_p: int, block_f: int, block_k: int, stages: int = 3) -> Config:
         # else ptxas spills to make room for another program; with 8 warps it chooses better but for bfloat16
         registers = 255 if warps == 4 or dtype == "bfloat16" else None
-        blocks = {"BLOCK_F": block_f, "BLOCK_K": 32 if half and block_d >= 32 else 16, "BLOCK_P": block_p}
-        return Config(blocks, warps, maxnreg=registers)
+        blocks = {"BLOCK_F": block_f, "BLOCK_K": block_k, "BLOCK_P": block_p}
+        shared = (stages - 1) * stage_bytes(_ROWS, block_f, block_k, block_d, block_e, 2 if half else 4)
+        return Config(blocks, warps, stages, maxnreg=registers, shared=shared)
 
     return [
-        config(num_warps, block_p, block_f),
-        config(12 - num_warps, block_p, block_f),
-        config(num_warps, 6 - block_p, block_f),
+        config(num_warps, block_p, block_f, block_k),
+        config(12 - num_warps, block_p, block_f, block_k),
+        config(num_warps, 6 - block_p, block_f, block_k),
+        *([config(num_warps, block_p, 16, 16, stages=2)] if wide else []),
     ]
 
 
@@ -356,7 +360,8 @@ def cases() -> Iterator[Case]:
             kinds = {"G": passes, "UNIFORM": True, "PHILOX": passes == 1, "NORMALIZE": passes == 2, "BLOCK_R": _ROWS}
             candidates = _candidates(1, sizes.block_d, sizes.block_e, sizes.padded_hidden, dtype_key(DTYPES[name]))
             tuned = passes == 1 and sizes.dim == 128 and name != "bf16"  # what is tuned, but for float16's twin
-            for i, config in enumerate(candidates if tuned else candidates[:1]):
+            smallest = candidates[3:] if passes == 1 else []
+            for i, config in enumerate(candidates if tuned else [*candidates[:1], *smallest]):
                 yield Case(
                     f"{name} D={sizes.dim} H={sizes.n_heads} G={passes} {'philox' if passes == 1 else 'given'}"
                     + (f" {config.words()}" if i else ""),

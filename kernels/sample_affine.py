@@ -161,6 +161,8 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
 def cases() -> Iterator[Case]:
     """What `python -m fastdiff.kernels.precompile` compiles."""
     seen: dict[str, list[Config]] = {}
+    floating = ("p_gain", "p_offset", "p_factor", "p_cond", "p_uncond", "p_z", "p_x_0")
+    strides = ("cond_stride", "uncond_stride", "z_stride")
     for dtype, many, dim in (
         ("fp32", "few", 64),
         ("fp32", "few", 128),
@@ -170,6 +172,7 @@ def cases() -> Iterator[Case]:
         ("bf16", "many", 128),
     ):
         first, *others = _candidates(1, many, blocks_of_64(dim), 4 if dtype == "fp32" else 2)
+        pointers = dict.fromkeys(floating, f"*{dtype}") | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
         done = seen.setdefault(dtype, [])
         new = [config for config in others if config not in done and dtype != "bf16"]  # which is as float16
         done += new
@@ -177,12 +180,10 @@ def cases() -> Iterator[Case]:
             yield Case(
                 f"{dtype} {many} D={dim} {config.words()} stages={config.num_stages}",
                 _sample_affine_kernel,
-                dict.fromkeys(("p_cond", "p_uncond", "p_z", "p_gain", "p_offset", "p_factor", "p_x_0"), f"*{dtype}")
-                | dict.fromkeys(("p_seed", "p_row_key", "p_sample"), "*i64")
-                | dict.fromkeys(("cond_stride", "uncond_stride", "z_stride", "n_rows", "padded"), "i32")
-                | {"guidance_scale": "fp32"},
+                pointers | dict.fromkeys((*strides, "n_rows", "padded"), "i32") | {"guidance_scale": "fp32"},
                 {"DIM": dim, "GUIDED": True, "DRAWN": True, **config.constants},
                 config.options(),
                 hot=config == first,  # another one is taken only where it was measured to be faster
                 tensor_core=dtype != "fp32",
+                divisible=(*pointers, *strides, "padded"),  # strides as of rows of 16 k numbers
             )

@@ -73,6 +73,57 @@ def test_every_tensor_of_a_launch_is_on_the_device_and_every_grid_fits(
         assert output.device == META
 
 
+@pytest.mark.parametrize("scan_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("n_rows", [16_000, 10**8, 2**31 - 1])
+@pytest.mark.parametrize(("batch", "k"), [(1, 10), (1, 20_000), (3000, 4096)])
+def test_top_k_of_the_largest_tables_is_launched_in_grids_and_numbers_that_fit(
+    batch: int,
+    k: int,
+    n_rows: int,
+    scan_dtype: torch.dtype,
+    launches: list[tuple[str, tuple[int, ...], dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What kernels count in int32 is below 2^31, whatever the table."""
+    from fastdiff.kernels import score_topk
+    from fastdiff.ops.topk_scan import CHUNK, ScanTable
+    from fastdiff.ops.user_lists import UserLists
+
+    monkeypatch.setattr(score_topk, "_processors", lambda device: 132)
+    items = torch.empty(n_rows, 128, device=META)
+    # two chunks stand for all: no kernel reads them
+    chunks = (items,) if scan_dtype == torch.float32 else (torch.empty(CHUNK, 128, dtype=torch.uint8, device=META),) * 2
+    scan = ScanTable(scan_dtype, chunks, torch.empty(-(-n_rows // 64), 4, device=META), n_rows, 128)
+    seen = UserLists.trusted(
+        torch.empty(50 * batch, dtype=torch.int64, device=META), torch.empty(batch + 1, dtype=torch.int64, device=META)
+    )
+    rows, _ = score_topk.score_topk(torch.empty(batch, 128, device=META), items, k, None, seen, None, scan)
+    assert rows.shape == (batch, k)
+    assert {kernel for kernel, _, _ in launches} >= {"_prepare_kernel", "_exact_kernel"}
+    for kernel, grid, given in launches:
+        assert all(1 <= n <= most for n, most in zip(grid, MOST_ALONG, strict=False)), (kernel, grid)
+        numbers = {name: value for name, value in given.items() if isinstance(value, int)}
+        assert all(abs(value) < 2**31 for value in numbers.values()), (kernel, numbers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_blocks_of_any_width_have_tiles_for_small_gpus_and_the_first_ones_for_large_ones(dim: int, dtype: str) -> None:
+    from fastdiff.kernels import denoise_attention_loop
+    from fastdiff.kernels.causal_history_tiles import row_candidates
+    from fastdiff.kernels.precompile import SHARED_MEMORY
+    from fastdiff.kernels.tuning import first_that_fits
+
+    for rows, many in ((1, "few"), (1 << 20, "many")):
+        for found in (
+            row_candidates(rows, many, dim, dim, 4 * dim, dtype),
+            denoise_attention_loop._candidates(rows, dim, dim, 4 * dim, dtype),
+        ):
+            assert first_that_fits("op", found, SHARED_MEMORY[90]) is found[0]
+            for arch in (80, 86) if dim <= 256 else (80,):
+                assert first_that_fits("op", found, SHARED_MEMORY[arch]).shared <= SHARED_MEMORY[arch]
+
+
 def test_any_number_of_draws_is_one_launch(launches: list[tuple[str, tuple[int, ...], dict[str, Any]]]) -> None:
     from fastdiff.kernels.philox_normals import philox_normals
 
