@@ -132,7 +132,8 @@ def _choose(
     tile = (8192 if len(widths) < 2 else 2048) if itemsize == 4 else 1 << 20 if held else 16384
     constants = {**network, "STREAMED": not held, "BLOCK_R": block_r, "BLOCK_H": block_h, "TILE": tile}
     wide = weights >= 64 << 10 if itemsize == 2 else weights > 16 << 10
-    stages = 1 if not widths else 3 if itemsize == 2 and shared >= ROOMY else 2
+    roomy = itemsize == 2 and shared >= ROOMY and (len(widths) < 2 or widest < 256)  # sm_100 would spill
+    stages = 1 if not widths else 3 if roomy else 2
     options = {"num_warps": 8 if wide else 4, "num_stages": stages}
     # left alone, ptxas gives up registers, and spills, for programs that will never run beside this one; told not to,
     # it spills in others: what the table of precompile shows decides

@@ -32,6 +32,8 @@ SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 
 
 TENSOR_CORE = {80: r"mma\.sync", 86: r"mma\.sync", 89: r"mma\.sync", 90: r"mma\.sync|wgmma", 100: r"mma\.sync|tcgen05"}
 
+_DIVISIBLE = re.compile(r"p_|depth$|capacity$|(?!items_).*stride$")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -44,7 +46,8 @@ class Case:
     options      num_warps, num_stages, maxnreg, ..
     hot          whether spilled registers are an error
     tensor_core  whether the code must use the matrix units
-    divisible    arguments known to be multiples of 16 (None: every pointer)
+    divisible    arguments known to be multiples of 16 (None: every pointer, and what rows of 16 k numbers make so:
+                 depths, capacities and strides, but not those of histories, which may be of any length)
     """
 
     name: str
@@ -96,7 +99,7 @@ def compile_case(op: str, index: int, arch: int) -> Compiled:
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     divisible = case.divisible
     if divisible is None:
-        divisible = tuple(name for name, kind in case.signature.items() if kind.startswith("*"))
+        divisible = tuple(name for name in case.signature if _DIVISIBLE.match(name))
     source = ASTSource(
         case.kernel,
         signature=signature,

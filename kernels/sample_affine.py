@@ -185,5 +185,5 @@ def cases() -> Iterator[Case]:
                 config.options(),
                 hot=config == first,  # another one is taken only where it was measured to be faster
                 tensor_core=dtype != "fp32",
-                divisible=(*pointers, *strides, "padded"),  # strides as of rows of 16 k numbers
+                divisible=(*pointers, *strides, "padded"),
             )
