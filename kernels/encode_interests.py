@@ -202,9 +202,10 @@ def _constants(dim: int, hidden: int, interests: int, itemsize: int) -> dict[str
 def _candidates(places: int, block_d: int, padded: int, itemsize: int) -> list[Config]:
     most = max(16, (2048 if itemsize == 4 else 4096) // block_d)
     warps = 4 if itemsize == 2 and block_d <= 64 else 8
+    units = (128 if block_d <= 64 or itemsize == 4 else 64) // itemsize  # more would spill on sm_80
     found = {}
     for numbers, chosen in ((most, warps), (most, 12 - warps), (max(16, most // 2), 4)):
-        blocks = {"BLOCK_J": min(places, numbers), "BLOCK_H": min(padded, 128 // itemsize)}
+        blocks = {"BLOCK_J": min(places, numbers), "BLOCK_H": min(padded, units)}
         found[blocks["BLOCK_J"], chosen] = Config(blocks, chosen, num_stages=2)
     return list(found.values())
 
