@@ -247,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m fastdiff.kernels.tuning", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--op", nargs="+", default=tunable(), choices=tunable(), help="only the problems of these")
+    parser.add_argument("--again", action="store_true", help="also the problems whose winners are on record")
     asked = parser.parse_args(arguments)
     if runtime.INTERPRETED:
         parser.error("kernels are interpreted here, which says nothing of their time; unset TRITON_INTERPRET")
@@ -255,17 +256,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     gpu = torch.cuda.get_device_name(device)
     path = path_of(gpu)
-    found = {}
+    measured, failed = 0, []
     for op in asked.op:
         for problem in importlib.import_module(f"fastdiff.kernels.{op}").tuning_problems(device):
-            print(f"{problem.op} {problem.key}", flush=True)
-            found[problem.op, problem.key] = fastest(problem, _seconds)
-    try:
-        write(path, gpu, found)
-    except OSError as error:
-        parser.error(f"{path} cannot be written ({error.strerror}); run it in a checkout that was installed with -e")
-    print(f"{path}: {len(found)} winners")
-    return 0
+            name = f"{problem.op} {problem.key}"
+            if (problem.op, problem.key) in recorded(path) and not asked.again:
+                print(f"{name}: on record; --again measures it again", flush=True)
+                continue
+            print(name, flush=True)
+            try:
+                winner = fastest(problem, _seconds)
+            except Exception as failure:  # the others are still worth knowing
+                print(f"  {type(failure).__name__}: {str(failure).splitlines()[0]}", flush=True)
+                failed.append(name)
+                continue
+            try:  # one by one: a run that is stopped keeps what it has found
+                write(path, gpu, {(problem.op, problem.key): winner})
+            except OSError as error:
+                parser.error(
+                    f"{path} cannot be written ({error.strerror}); run it in a checkout that was installed with -e"
+                )
+            measured += 1
+    print(f"{path}: {measured} winners added" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:

@@ -132,6 +132,42 @@ def test_a_candidate_that_fails_is_left_out(records: Path, capsys: pytest.Captur
     assert "RuntimeError: out of resource\n" in capsys.readouterr().out
 
 
+def test_a_run_keeps_each_winner_and_goes_on_after_a_failure(
+    records: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, wrong = outputs({128: 1.0, 32: 1.0, 64: 1.0}), outputs({128: ValueError("no such tile\nmore")})
+    given = [("op", (1, "a"), right), ("op", (2, "a"), wrong), ("op", (3, "a"), right)]
+    problems = [Problem(op, key, [LARGE, TALL], run) for op, key, run in given]
+    seen: list[int] = []
+
+    def seconds(run: Callable[[], Tensor]) -> float:
+        seen.append(len(json.loads(records.read_text())["winners"]) if records.exists() else 0)
+        return 1e-6 * (10 - len(seen))
+
+    monkeypatch.setattr(
+        tuning.importlib, "import_module", lambda _: SimpleNamespace(tuning_problems=lambda _: problems)
+    )
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU-100 (SXM)")
+    op = tuning.tunable()[0]
+
+    assert tuning.main(["--op", op]) == 1
+    assert seen == [0, 0, 1, 1], "a winner is on file before the next problem is measured"
+    said = capsys.readouterr().out
+    assert "ValueError: no such tile\n" in said
+    assert "2 winners added; failed: op (2, 'a')" in said
+    assert tuning.recorded(records) == {("op", (1, "a")): TALL, ("op", (3, "a")): TALL}
+
+    problems[1] = Problem("op", (2, "a"), [LARGE], right)
+    assert tuning.main(["--op", op]) == 0
+    assert "op (1, 'a'): on record; --again measures it again" in capsys.readouterr().out
+    assert len(seen) == 5, "only what is missing is measured"
+    assert tuning.main(["--op", op, "--again"]) == 0
+    assert len(seen) == 10
+
+
 def test_forced_holds_for_its_op_alone(records: Path) -> None:
     with forced("op", LARGE):
         assert choose("op", KEY, candidates, GPU) is LARGE
