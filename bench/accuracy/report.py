@@ -21,12 +21,12 @@ PLOTS = "accuracy"
 
 SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "one_step": "one step", "closed_form": "closed form"}
 
-INTRODUCTION = Path(__file__).with_name("introduction.md")
+INTRODUCTION, FINDINGS = (Path(__file__).with_name(name) for name in ("introduction.md", "findings.md"))
 
 
 def render(rows: Sequence[Row], cells: Sequence[Cell] = CELLS) -> str:
     """The document."""
-    parts = [INTRODUCTION.read_text(encoding="utf-8").rstrip()]
+    parts = [file.read_text(encoding="utf-8").rstrip() for file in (INTRODUCTION, FINDINGS)]
     for data, title in DATA.items():
         mine = [cell for cell in cells if cell.data == data]
         if mine:
