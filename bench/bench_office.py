@@ -27,7 +27,7 @@ PROVIDERS: Mapping[str, Any] = {
     "tarec": bench_tarec.providers,
     "dreamrec": partial(bench_dreamrec_generate.providers, guidance=1.0),
     "dimerec": bench_dimerec.providers,
-    # "cddrec": bench_cddrec.providers,
+    "cddrec": bench_cddrec.providers,
 }
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "adrec": {"others": bench_adrec.OTHERS},
