@@ -572,7 +572,7 @@ def test_evaluate_for_people(run: Run, model: Path, sequences: Path) -> None:
     code, out, err = run("evaluate", model, sequences, "--ranking", "clean", "--split", "valid", "--num-samples", 2)
     assert (code, err) == (0, "")
     assert f"{sequences}, split valid: 3 users (4 more skipped: fewer than 3 items)" in out
-    assert "sampling: num_samples 2, else the model's own settings" in out
+    assert "sampling: num_samples 2, else the model's own settings (" in out
     assert "ranking: clean (candidates: the 50 items of the catalogue)" in out
     assert "seen items: left out" in out
     assert re.search(r"^per cent +@5 +@10 +@20$", out, re.MULTILINE)

@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
     "adrec": {"recipe": Variant("the authors' three stages")},
     "dreamrec": {
         "paper": Variant("the authors' loss, embeddings and settings (their YooChoose command)", _AUTHORS_DREAMREC),
-        "ranking": Variant("ours: with a cross-entropy over the catalogue, as TA-Rec's first stage has it"),
+        "ranking": Variant("ours: TA-Rec's first stage and settings (our cross-entropy too), less its consistency"),
     },
     "tarec": {
         "aligned": Variant(

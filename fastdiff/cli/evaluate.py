@@ -119,12 +119,21 @@ def _facts(
         "device": str(engine.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "backends": engine.backends,
+        "own_sampler": _own_sampler(engine),
         "metrics": result.metrics,
         "standard_errors": result.standard_errors,
         "seconds": result.seconds,
         "histories_per_second": result.histories_per_second,
         "timings": result.timings,
     }
+
+
+def _own_sampler(engine: Engine) -> str:
+    """What runs where neither scheduler nor number of steps is given: "ddpm, 1 of 32 steps"."""
+    generation, total = engine.generation_config, engine.config.schedule.num_train_timesteps
+    if generation.scheduler == "one_step":
+        return "one_step"
+    return f"{generation.scheduler}, {generation.num_inference_steps or total} of {total} steps"
 
 
 def _report(facts: dict[str, Any]) -> str:
@@ -139,7 +148,7 @@ def _report(facts: dict[str, Any]) -> str:
         f"model   {facts['model']} ({facts['method']}), {facts['dtype']} on {facts['device']}, backend {backends}",
         f"data    {facts['data']}{split}: {facts['users']} users{skipped}",
         *(f"        {note}" for note in facts["notes"]),
-        f"        sampling: {f'{given}, else ' if given else ''}the model's own settings",
+        f"        sampling: {f'{given}, else ' if given else ''}the model's own settings ({facts['own_sampler']})",
         *(f"        {line}" for line in facts["policy"]),
         "",
         *_table(facts["metrics"], facts["standard_errors"]),

@@ -313,7 +313,8 @@ def _draw_metrics(strip: Strip, stages: Sequence[StageLog], cut: int) -> None:
 # --- by number of steps -----------------------------------------------------------------------------------------------
 
 
-def draw_samplers(strip: Strip, samplers: dict[str, dict[str, Curve]]) -> None:
+def draw_samplers(strip: Strip, samplers: dict[str, dict[str, Curve]], users: str = "validation") -> None:
+    """Accuracy and time by the number of steps, one line per sampler; `users`: whose figures they are."""
     names = list(dict.fromkeys(name for curves in samplers.values() for name in curves))
     names.sort(key=lambda name: (name == "seconds_per_user", not name.startswith("HR")))
     axes = strip.panels([1.0] * len(names), 0.6)
@@ -327,7 +328,7 @@ def draw_samplers(strip: Strip, samplers: dict[str, dict[str, Curve]]) -> None:
                 y = [value if timed else 100 * value for value in curves[name].y]
                 # equal lines stay visible: the later is thinner
                 handles[scheduler] = _line(axis, Curve(curves[name].x, y), colour, marker, max(1.0, 3.0 - 1.5 * at))
-        axis.set_title("time per user" if timed else f"{name}, validation, per cent", fontsize=10, loc="left")
+        axis.set_title("time per user" if timed else f"{name}, {users}, per cent", fontsize=10, loc="left")
         axis.set_xlabel("sampling steps", fontsize=8, labelpad=1)
         axis.set_xscale("log")
         axis.set_xticks(_apart(counts), [f"{count:,}" for count in _apart(counts)])

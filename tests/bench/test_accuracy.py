@@ -232,6 +232,7 @@ def a_row(seed: int, hr: float, variant: str = "ce", settings: str = "abc", date
     return {
         **{"method": "sasrec", "data": "amazon-office", "variant": variant, "seed": seed, "settings_digest": settings},
         **{"epochs": {"train": 30}, "seconds": 600.0, "evaluations": evaluations, "date": date},
+        "settings": {"hidden_size": 48},
         "facts": {"users": 4905, "items": 2420, "interactions": 53258},
         "machine": machine.facts(torch.device("cpu")),
     }
@@ -251,16 +252,16 @@ def test_means_and_spreads_over_seeds() -> None:
     rows = [a_row(1, 0.10), a_row(2, 0.12), a_row(3, 0.14), a_row(1, 0.09, "bce")]
     text = report.render(rows, OFFICE)
     full = line_of(text, VARIANTS["sasrec"]["ce"].what)
-    assert full[2:4] == ["3", "12.00 ± 2.00"]
+    assert full[2:5] == ["48", "3", "12.00 ± 2.00"]
     assert full[-2:] == ["30", "10 min"]
-    assert line_of(text, VARIANTS["sasrec"]["bce"].what)[2:4] == ["1 of 3", "9.00"]
+    assert line_of(text, VARIANTS["sasrec"]["bce"].what)[3:5] == ["1 of 3", "9.00"]
     ablation = line_of(text, "cross-entropy over the catalogue instead of one negative")
     assert ablation[3:] == ["1", "9.00", "10.00", "9.00", "10.00"]  # the seed that both have
 
 
 def test_figures_of_different_settings_are_not_averaged() -> None:
     rows = [a_row(1, 0.10), a_row(2, 0.20, settings="xyz", date="2026-01-02"), a_row(3, 0.12)]
-    assert line_of(report.render(rows, OFFICE), VARIANTS["sasrec"]["ce"].what)[2:4] == [
+    assert line_of(report.render(rows, OFFICE), VARIANTS["sasrec"]["ce"].what)[3:5] == [
         "1 of 3",
         "20.00",
     ]
@@ -269,7 +270,7 @@ def test_figures_of_different_settings_are_not_averaged() -> None:
 def test_what_was_not_run_and_what_others_report() -> None:
     text = report.render([], CELLS)
     adrec = line_of(text, "ADRec", "0 of 3", "22.4 / 8.55 (1)")
-    assert adrec[3] == "not yet run"
+    assert adrec[4] == "not yet run"
     assert "1. Reported: the authors' public code, trained on this file, as it averages" in text
     assert text.count("Not yet run.") == 5  # accuracy against steps, of each method
     assert "cannot be rebuilt from these files" in text
