@@ -77,13 +77,13 @@ def test_many_threads_and_a_changing_catalogue(method: str) -> None:
     engine = small_engine(method)
     first = first_id(engine)
     snapshots = [engine.catalog]
-    until = time.monotonic() + SECONDS / 2
+    until, enough = time.monotonic() + SECONDS / 2, threading.Event()
     gate = threading.Barrier(THREADS + 1)
 
     def caller(number: int) -> list[Call]:
         draws, calls = random.Random(number), []
         gate.wait()
-        while time.monotonic() < until:
+        while not (calls and enough.is_set()):
             histories = [
                 [draws.randrange(first, first + 50) for _ in range(draws.randrange(12))]
                 for _ in range(draws.choice(BATCH_SIZES))
@@ -98,14 +98,16 @@ def test_many_threads_and_a_changing_catalogue(method: str) -> None:
         futures = [pool.submit(caller, number) for number in range(THREADS)]
         draws = random.Random(method)
         gate.wait()
-        while time.monotonic() < until:
-            snapshots.append(changed(snapshots[-1], draws, len(snapshots)))
-            engine.catalog = snapshots[-1]
-            time.sleep(0.002)
+        try:
+            while time.monotonic() < until or len(snapshots) <= 3:  # on a loaded machine this thread may hardly run
+                snapshots.append(changed(snapshots[-1], draws, len(snapshots)))
+                engine.catalog = snapshots[-1]
+                time.sleep(0.002)
+        finally:
+            enough.set()
         calls = [future.result() for future in futures]  # raises what a thread raised
 
     assert all(calls), "a thread got no answer"
-    assert len(snapshots) > 3, "the catalogue did not change"
     lone = small_engine(method)
     for call in (call for one in calls for call in one):
         assert call.output.scores.shape == (len(call.histories), call.top_k)
