@@ -180,7 +180,7 @@ REPORTED: Sequence[Reported] = (
 
 ABLATIONS: Sequence[tuple[str, str, str, str]] = (
     ("preference alignment", "tarec", "consistency", "aligned"),
-    ("a ranking loss beside the paper's (ours)", "dreamrec", "paper", "ranking"),
+    ("our ranking loss and settings instead of the authors'", "dreamrec", "paper", "ranking"),
     ("the reconstruction of x_0", "dimerec", "no_recon", "recipe"),
     ("the sampled-softmax loss", "dimerec", "no_ssm", "recipe"),
     ("cross-entropy over the catalogue instead of one negative", "sasrec", "bce", "ce"),
