@@ -219,7 +219,7 @@ def fastest(problem: Problem, seconds_of: Callable[[Callable[[], Tensor]], float
                 error = float((problem.run().double() - expected.double()).abs().max()) / scale
                 taken = seconds_of(problem.run) if error <= WRONG_BY else None
         except Exception as failure:  # too large, not compilable, ..: a candidate may fail in every way
-            print(f"  {_words(config)}: {type(failure).__name__}: {str(failure).splitlines()[0]}", flush=True)
+            print(f"  {_words(config)}: {_first_line(failure)}", flush=True)
             continue
         if taken is None:
             print(f"  {_words(config)}: WRONG by {error:.2g} of the largest magnitude", flush=True)
@@ -230,6 +230,11 @@ def fastest(problem: Problem, seconds_of: Callable[[Callable[[], Tensor]], float
     if best is None:
         raise RuntimeError(f"{problem.op} {problem.key}: no candidate could be timed; what each said stands above")
     return best
+
+
+def _first_line(failure: Exception) -> str:
+    """ "ValueError: what it says first"; some say nothing."""
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
 
 
 def _words(config: Config) -> str:
@@ -267,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 winner = fastest(problem, _seconds)
             except Exception as failure:  # the others are still worth knowing
-                print(f"  {type(failure).__name__}: {str(failure).splitlines()[0]}", flush=True)
+                print(f"  {_first_line(failure)}", flush=True)
                 failed.append(name)
                 continue
             try:  # one by one: a run that is stopped keeps what it has found

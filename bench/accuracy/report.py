@@ -12,14 +12,12 @@ from bench.accuracy.cells import ABLATIONS, CELLS, DATA, REPORTED, TITLES, VARIA
 from bench.accuracy.rows import Row, cell_of
 from bench.rows import seconds
 from bench.tables import table
-from fastdiff.train.steps import NOTHING
+from fastdiff.train.steps import NAMES, NOTHING
 
 NOT_RUN = "not yet run"
 METRICS = ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20")
 PLOTS = "accuracy"
 """Folder of the plots, beside the document."""
-
-SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "one_step": "one step", "closed_form": "closed form"}
 
 INTRODUCTION, FINDINGS = (Path(__file__).with_name(name) for name in ("introduction.md", "findings.md"))
 
@@ -198,18 +196,12 @@ def _step_lines(method: str, data: str, variant: str, rows: Sequence[Row]) -> li
     found = _rows_of(rows, method, data, variant)
     lines = []
     for scheduler, steps in _samplers(found):
-        names = ("HR@20", "NDCG@20", "seconds_per_user")
-        means = [_typical(name, values) for name, values in zip(names, _at(found, scheduler, steps), strict=True)]
-        figures = [f"{100 * means[0]:.2f}", f"{100 * means[1]:.2f}", seconds(means[2])]
+        hr, ndcg, time = _at(found, scheduler, steps).values()
+        figures = [f"{100 * hr:.2f}", f"{100 * ndcg:.2f}", seconds(time)]
         chosen = sum(_is_default(row, scheduler, steps) for row in found)
         figures.append(f"{chosen} of {len(found)}" if chosen else "")
-        lines.append([data, VARIANTS[method][variant].what, SAMPLERS[scheduler], f"{steps:,}", *figures])
+        lines.append([data, VARIANTS[method][variant].what, NAMES[scheduler], f"{steps:,}", *figures])
     return lines
-
-
-def _typical(name: str, values: Sequence[float]) -> float:
-    """Over the seeds: the mean of a metric, the least of a time, which only other work on the machine makes longer."""
-    return min(values) if name == "seconds_per_user" else statistics.mean(values)
 
 
 def _is_default(row: Row, scheduler: str, steps: int) -> bool:
@@ -218,11 +210,11 @@ def _is_default(row: Row, scheduler: str, steps: int) -> bool:
     return chosen is not None and (chosen["scheduler"], chosen["steps"]) == (scheduler, steps)
 
 
-def _at(rows: Sequence[Row], scheduler: str, steps: int) -> list[list[float]]:
-    """HR@20, NDCG@20 and seconds per user, each over the seeds."""
+def _at(rows: Sequence[Row], scheduler: str, steps: int) -> dict[str, float]:
+    """Over the seeds: the mean of HR@20 and of NDCG@20, the least of the time, which other work only makes longer."""
     found = [_evaluation(row, "published", scheduler, steps) for row in rows]
-    metrics = [[float(one["metrics"][name]) for one in found] for name in ("HR@20", "NDCG@20")]
-    return [*metrics, [float(one["seconds_per_user"]) for one in found]]
+    means = {name: statistics.mean(float(one["metrics"][name]) for one in found) for name in ("HR@20", "NDCG@20")}
+    return means | {"seconds_per_user": min(float(one["seconds_per_user"]) for one in found)}
 
 
 def plot_name(method: str, data: str, variant: str, rows: Sequence[Row]) -> str:
@@ -250,15 +242,13 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         curves: dict[str, dict[str, Curve]] = {}
         for scheduler, steps in sorted(_samplers(found), key=lambda kind: kind[1]):
             mine = curves.setdefault(scheduler, {})
-            for measured, values in zip(
-                ("HR@20", "NDCG@20", "seconds_per_user"), _at(found, scheduler, steps), strict=True
-            ):
+            for measured, value in _at(found, scheduler, steps).items():
                 curve = mine.setdefault(measured, Curve([], []))
                 curve.x.append(steps)
-                curve.y.append(_typical(measured, values))
+                curve.y.append(value)
         page = Figure(figsize=(PAGE_WIDTH, 3.4))
         FigureCanvasAgg(page)
-        draw_samplers(Strip(page, 0.35, 2.5), {name: curves[name] for name in SAMPLERS if name in curves}, "test")
+        draw_samplers(Strip(page, 0.35, 2.5), {name: curves[name] for name in NAMES if name in curves}, "test")
         folder.mkdir(parents=True, exist_ok=True)
         paths.append(folder / name)
         page.savefig(paths[-1], dpi=120, facecolor="white")

@@ -16,6 +16,9 @@ from fastdiff.train.validation import TOP_KS
 
 NUMBERS_OF_STEPS = (1, 2, 5, 10)
 METRICS = ("HR@20", "NDCG@20")
+NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "one_step": "one step", "closed_form": "closed form"}
+"""What people call the schedulers."""
+
 NOTHING = 0.01
 """Fewer steps cost nothing where no metric is lower by more than this share of itself."""
 
@@ -50,7 +53,7 @@ class Sampler:
         return replace(before, scheduler=self.scheduler, num_inference_steps=self.steps if counted else None)
 
     def __str__(self) -> str:
-        named = {"ddpm": "DDPM", "ddim": "DDIM", "one_step": "one step", "closed_form": "closed form"}[self.scheduler]
+        named = NAMES[self.scheduler]
         return named if self.scheduler == "one_step" else f"{named}, {self.steps:,} step{'s' * (self.steps != 1)}"
 
 
