@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from fastdiff.data import IdType, Instance, LeaveOneOut, check_known, id_type_of
 from fastdiff.errors import DataError, InvalidArgument
-from fastdiff.metrics import RankingMetrics
+from fastdiff.metrics import AVERAGES, RankingMetrics
 
 if TYPE_CHECKING:
     from fastdiff.catalog import ItemCatalog
@@ -87,6 +87,7 @@ def evaluate(
     filter_seen: bool | None = None,
     limit: int | None = None,
     show_progress: bool = True,
+    average: str = "users",
     **arguments: Any,
 ) -> EvaluationResult:
     """Rank for every instance and see where its target stands.
@@ -99,6 +100,8 @@ def evaluate(
                 share an empty history, and must not share a draw
     filter_seen for the clean ranking; None is the model's own setting
     limit       only the first so many instances
+    average     "users": the mean over users; "batches": the mean over batches of their means, as ADRec's authors do
+                (batch_size 512): the users of a short last batch weigh more
     arguments   further ones of `Engine.generate`: num_inference_steps, scheduler, eta, guidance_scale, num_samples, ...
     Raises `DataError` where there is no instance, and where a history or a target is an item that the catalogue does
     not hold. Targets that are no candidates of the ranking (the model's pad id under "clean", items added to the
@@ -112,6 +115,8 @@ def evaluate(
     batch_size = default_batch_size(engine) if batch_size is None else batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise InvalidArgument(f"evaluate: batch_size must be an int of at least 1 (got {batch_size!r})")
+    if average not in AVERAGES:
+        raise InvalidArgument(f"evaluate: average must be one of {', '.join(map(repr, AVERAGES))} (got {average!r})")
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InvalidArgument(f"evaluate: limit must be an int of at least 1 (got {limit!r})")
     metrics = RankingMetrics(top_ks, engine.catalog.item_ids)
@@ -146,8 +151,19 @@ def evaluate(
     if done == 0:
         raise DataError(f"evaluate: there is no instance to rank for ({skipped} users skipped for too few items)")
     policy = _policy(engine, ranking, filter_seen, seed, batch_size, already_seen, no_candidates)
+    if average == "batches":
+        last = done % batch_size or batch_size
+        policy.append(f"average: over batches of {batch_size} users in file order, the last one of {last}")
     return EvaluationResult(
-        metrics.compute(), metrics.standard_errors(), policy, done, skipped, seed, batch_size, seconds, timings
+        metrics.compute(average),
+        metrics.standard_errors(average),
+        policy,
+        done,
+        skipped,
+        seed,
+        batch_size,
+        seconds,
+        timings,
     )
 
 

@@ -71,6 +71,19 @@ def test_the_batch_size_does_not_matter() -> None:
     assert results[0] == results[1] == results[2]
 
 
+def test_the_average_over_batches() -> None:
+    data = instances(23)
+    parts = [
+        evaluate(small_engine("adrec"), data[i : i + 7], top_ks=(3,), show_progress=False).metrics["HR@3"]
+        for i in range(0, 23, 7)
+    ]
+    result = evaluate(
+        small_engine("adrec"), data, batch_size=7, top_ks=(3,), show_progress=False, average="batches"
+    )
+    assert result.metrics["HR@3"] == pytest.approx(sum(parts) / 4)
+    assert result.policy[-1] == "average: over batches of 7 users in file order, the last one of 2"
+
+
 def test_users_are_numbered_in_the_noise() -> None:
     _, calls = recorded(small_engine("tarec"), instances(7), batch_size=3)
     assert [list(call["request_ids"]) for call in calls] == [[0, 1, 2], [3, 4, 5], [6]]
@@ -223,6 +236,8 @@ def test_what_cannot_be_evaluated() -> None:
     for arguments in ({"batch_size": 0}, {"batch_size": 2.0}, {"limit": 0}, {"limit": True}):
         with pytest.raises(InvalidArgument, match=f"{next(iter(arguments))} must be an int of at least 1"):
             evaluate(engine, instances(2), show_progress=False, **arguments)
+    with pytest.raises(InvalidArgument, match=r"average must be one of 'users', 'batches' \(got 'rows'\)"):
+        evaluate(engine, instances(2), average="rows", show_progress=False)
     for top_ks in (5, None, "5", {5}, (), (0,), (True,)):
         with pytest.raises(InvalidArgument, match=r"top_ks must be .*ints of at least 1"):
             evaluate(engine, instances(2), top_ks=top_ks, show_progress=False)  # type: ignore[arg-type]
@@ -254,3 +269,7 @@ def test_the_trained_adrec_reaches_its_authors_numbers(
     assert (result.users, result.skipped) == (938, 0)
     assert result.metrics["HR@20"] == pytest.approx(0.2228, abs=0.01)
     assert result.metrics["NDCG@20"] == pytest.approx(0.0842, abs=0.004)
+    with torch.inference_mode():
+        printed = evaluate(engine, data, batch_size=512, average="batches", show_progress=False)
+    assert printed.metrics["HR@20"] == pytest.approx(0.224, abs=0.01)  # as their own log has it
+    assert printed.metrics["NDCG@20"] == pytest.approx(0.0855, abs=0.004)

@@ -113,6 +113,35 @@ def test_an_empty_batch_changes_nothing() -> None:
     assert metrics.compute()["HR@1"] == 0.5
 
 
+@given(rankings(), st.integers(1, 5))
+def test_averaged_over_batches_every_batch_weighs_the_same(
+    data: tuple[list[list[int]], list[int]], batch_size: int
+) -> None:
+    lists, targets = data
+    metrics, parts = RankingMetrics(TOP_KS, range(1, 11)), []
+    for i in range(0, len(lists), batch_size):
+        metrics.update(lists[i : i + batch_size], targets[i : i + batch_size])
+        parts.append(literal(lists[i : i + batch_size], targets[i : i + batch_size], [1]))
+    metrics.update(torch.empty(0, 6, dtype=torch.int64), [])
+    found = metrics.compute("batches")
+    for name in ("HR@1", "HR@5", "NDCG@3", "NDCG@5", "MRR@5"):
+        assert found[name] == pytest.approx(sum(part[name] for part in parts) / len(parts), abs=1e-15)
+    assert found["coverage@3"] == metrics.compute()["coverage@3"]
+    # Var mean_b(h_b / n_b) = p (1 - p) sum_b (1 / n_b) / m^2
+    sizes = [len(lists[i : i + batch_size]) for i in range(0, len(lists), batch_size)]
+    share = metrics.compute()["HR@3"]
+    expected = math.sqrt(share * (1 - share) * sum(1 / size for size in sizes)) / len(sizes)
+    assert metrics.standard_errors("batches")["HR@3"] == pytest.approx(expected)
+
+
+def test_an_unknown_average() -> None:
+    metrics = RankingMetrics((1,))
+    metrics.update([[1]], [1])
+    for method in (metrics.compute, metrics.standard_errors):
+        with pytest.raises(InvalidArgument, match=r"average must be one of 'users', 'batches' \(got 'items'\)"):
+            method("items")
+
+
 @pytest.mark.parametrize("top_ks", [(), (0,), (5, -1), (True,), (2.0,)])
 def test_bad_cut_offs(top_ks: Any) -> None:
     with pytest.raises(InvalidArgument, match="top_ks must be ints of at least 1"):

@@ -55,6 +55,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--batch-size", type=int, metavar="B", help="users at a time (default: 256; coupled CDDRec: 128)"
     )
+    parser.add_argument(
+        "--average",
+        choices=("users", "batches"),
+        default="users",
+        help="batches: the mean of the batches' means, as ADRec's authors take it, with --batch-size 512 (default: users)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
     add_sampling_options(parser)
     add_engine_options(parser)
@@ -86,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         filter_seen=args.filter_seen,
         limit=args.limit,
         show_progress=not args.no_progress,
+        average=args.average,
         **sampling_arguments(args),
     )
     facts = _facts(args, engine, instances, result, notes)
@@ -116,6 +123,7 @@ def _facts(
         "generation_config": engine.generation_config.to_dict(),
         "seed": result.seed,
         "batch_size": result.batch_size,
+        "average": args.average,
         "device": str(engine.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "backends": engine.backends,
