@@ -30,7 +30,7 @@ AVERAGES = ("users", "batches")
 
 
 class RankingMetrics:
-    """The accumulator: `update` per batch, `compute` at any time. Averaged over users, batching and order do not matter.
+    """The accumulator: `update` per batch, `compute` at any time. Over users, batching and order do not matter.
 
     top_ks         the cut-offs k
     catalogue_ids  external ids of the items that coverage counts (None: no coverage); ids of a list that are not among

@@ -77,9 +77,7 @@ def test_the_average_over_batches() -> None:
         evaluate(small_engine("adrec"), data[i : i + 7], top_ks=(3,), show_progress=False).metrics["HR@3"]
         for i in range(0, 23, 7)
     ]
-    result = evaluate(
-        small_engine("adrec"), data, batch_size=7, top_ks=(3,), show_progress=False, average="batches"
-    )
+    result = evaluate(small_engine("adrec"), data, batch_size=7, top_ks=(3,), show_progress=False, average="batches")
     assert result.metrics["HR@3"] == pytest.approx(sum(parts) / 4)
     assert result.policy[-1] == "average: over batches of 7 users in file order, the last one of 2"
 

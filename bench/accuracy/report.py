@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from bench.accuracy.cells import ABLATIONS, CELLS, DATA, REPORTED, TITLES, VARIANTS, Cell
+from bench.accuracy.cells import ABLATIONS, BATCH_MEANS, CELLS, DATA, REPORTED, TITLES, VARIANTS, Cell
 from bench.accuracy.rows import Row, cell_of
 from bench.rows import seconds
 from bench.tables import table
@@ -50,7 +50,10 @@ def _data_set(data: str, title: str, cells: Sequence[Cell], rows: Sequence[Row])
         counts = ", ".join(f"{facts[name]:,} {name}" for name in ("users", "items", "interactions"))
         parts.append(f"`{data}`: {counts}.")
     sources: list[str] = []
-    head = ["method", "trained", "D", "seeds", *METRICS, "clean HR@20", "clean NDCG@20", "reported HR@20 / NDCG@20"]
+    head = ["method", "trained", "D", "seeds", *METRICS, "clean HR@20", "clean NDCG@20"]
+    if data in BATCH_MEANS:
+        head += [f"means of {BATCH_MEANS[data]}: HR@20", f"means of {BATCH_MEANS[data]}: NDCG@20"]
+    head.append("reported HR@20 / NDCG@20")
     kinds = dict.fromkeys((cell.method, cell.variant) for cell in cells)
     body = [_line(method, variant, data, cells, rows, sources) for method, variant in kinds]
     parts.append(table([*head, "epochs", "time"], body))
@@ -66,11 +69,14 @@ def _line(
     planned = sum((cell.method, cell.data, cell.variant) == (method, data, variant) for cell in cells)
     start = [TITLES[method], VARIANTS[method][variant].what]
     reported = _reported(method, variant, data, sources)
+    batch = BATCH_MEANS.get(data)
     if not found:
-        return [*start, "", f"0 of {planned}", NOT_RUN, *[""] * (len(METRICS) + 1), reported, "", ""]
+        blank = len(METRICS) + (1 if batch is None else 3)
+        return [*start, "", f"0 of {planned}", NOT_RUN, *[""] * blank, reported, "", ""]
     seeds = str(len(found)) if len(found) >= planned else f"{len(found)} of {planned}"
     published = [_mean(found, _metric(name, "published")) for name in METRICS]
-    clean = [_mean(found, _metric(name, "clean")) for name in ("HR@20", "NDCG@20")]
+    others = [("clean", None), ("published", batch)] if batch else [("clean", None)]
+    last = [_mean(found, _metric(name, ranking, of)) for ranking, of in others for name in ("HR@20", "NDCG@20")]
     epochs = [sum(row["epochs"].values()) for row in found]
     minutes = [row["seconds"] for row in found]
     return [
@@ -78,7 +84,7 @@ def _line(
         str(found[0]["settings"].get("hidden_size", "")),
         seeds,
         *published,
-        *clean,
+        *last,
         reported,
         f"{statistics.mean(epochs):.0f}",
         _duration(statistics.mean(minutes)),
@@ -102,16 +108,22 @@ def _rows_of(rows: Sequence[Row], method: str, data: str, variant: str) -> list[
     return [row for row in found if last is not None and row["settings_digest"] == last["settings_digest"]]
 
 
-def _evaluation(row: Row, ranking: str, scheduler: str | None = None, num_steps: int | None = None) -> dict[str, Any]:
-    wanted = (ranking, scheduler, num_steps)
+def _evaluation(
+    row: Row,
+    ranking: str,
+    scheduler: str | None = None,
+    num_steps: int | None = None,
+    batch_means: int | None = None,
+) -> dict[str, Any]:
+    wanted = (ranking, scheduler, num_steps, batch_means)
     for one in row["evaluations"]:
-        if (one["ranking"], one["scheduler"], one["num_steps"]) == wanted:
+        if (one["ranking"], one["scheduler"], one["num_steps"], one.get("batch_means")) == wanted:
             return dict(one)
     raise ValueError(f"{cell_of(row).id}: there is no evaluation {wanted}; run the cell again")
 
 
-def _metric(name: str, ranking: str) -> Callable[[Row], float]:
-    return lambda row: 100 * float(_evaluation(row, ranking)["metrics"][name])
+def _metric(name: str, ranking: str, batch_means: int | None = None) -> Callable[[Row], float]:
+    return lambda row: 100 * float(_evaluation(row, ranking, batch_means=batch_means)["metrics"][name])
 
 
 def _mean(rows: Sequence[Row], value: Callable[[Row], float]) -> str:

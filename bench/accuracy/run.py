@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench import machine
-from bench.accuracy.cells import Cell
+from bench.accuracy.cells import BATCH_MEANS, Cell
 from bench.accuracy.rows import Row, digest
 from fastdiff.checkpoint import MODEL_FOLDER
 from fastdiff.config import default_generation_config
@@ -132,36 +132,43 @@ def _evaluations(
 
 
 def _key(evaluation: Evaluation) -> tuple[Any, ...]:
-    return evaluation["ranking"], evaluation["scheduler"], evaluation["num_steps"]
+    return evaluation["ranking"], evaluation["scheduler"], evaluation["num_steps"], evaluation.get("batch_means")
 
 
 def _measure(
     cell: Cell, settings: Settings, folder: Path, data: TrainingData, device: str, have: set[tuple[Any, ...]]
 ) -> Iterator[Evaluation]:
-    """Published and clean ranking with the paper's sampler; the others under the published one."""
+    """Published and clean ranking with the paper's sampler; the other samplers, and batch means, when published."""
+    batch_means = BATCH_MEANS.get(cell.data)
     if not (folder / MODEL_FOLDER).exists():
         recipe = training.recipe_class(cell.method)(settings, data)
         recipe.load_state_dict(load_file(folder / "weights.safetensors"))
-        yield from (
-            _measure_queries(recipe.to(device).eval(), data, ranking)
-            for ranking in ("published", "clean")
-            if (ranking, None, None) not in have
-        )
+        wanted: list[tuple[str, int | None]] = [("published", None), ("clean", None)]
+        wanted += [("published", batch_means)] if batch_means else []
+        for ranking, batch in wanted:
+            if (ranking, None, None, batch) not in have:
+                yield _measure_queries(recipe.to(device).eval(), data, ranking, batch)
         return
     engine = from_pretrained(folder / MODEL_FOLDER, device=device)
     paper = Sampler.of(default_generation_config(engine.config), engine.config)
-    kinds: list[tuple[str, Sampler | None]] = [("published", None), ("clean", None)]
-    kinds += [("published", sampler) for sampler in samplers(engine.config)]
-    for ranking, sampler in kinds:
+    kinds: list[tuple[str, Sampler | None, int | None]] = [("published", None, None), ("clean", None, None)]
+    kinds += [("published", sampler, None) for sampler in samplers(engine.config)]
+    kinds += [("published", None, batch_means)] if batch_means else []
+    for ranking, sampler, batch in kinds:
         scheduler, steps = (sampler.scheduler, sampler.steps) if sampler else (None, None)
-        if (ranking, scheduler, steps) in have:
+        if (ranking, scheduler, steps, batch) in have:
             continue
-        arguments = {**(sampler or paper).arguments, **({"filter_seen": True} if ranking == "clean" else {})}
+        arguments: dict[str, Any] = {**(sampler or paper).arguments}
+        if ranking == "clean":
+            arguments["filter_seen"] = True
+        if batch is not None:
+            arguments |= {"average": "batches", "batch_size": batch}
         result = evaluate(engine, data.test, ranking, TOP_KS, show_progress=False, **arguments)
         yield {
             "ranking": ranking,
             "scheduler": scheduler,
             "num_steps": steps,
+            "batch_means": batch,
             "metrics": result.metrics,
             "users": result.users,
             "seconds_per_user": result.seconds / result.users,
@@ -169,17 +176,18 @@ def _measure(
 
 
 @torch.no_grad()
-def _measure_queries(recipe: Recipe, data: TrainingData, ranking: str) -> Evaluation:
+def _measure_queries(recipe: Recipe, data: TrainingData, ranking: str, batch_means: int | None) -> Evaluation:
     """For a model that maps histories to queries: all items, or all but those seen ("clean")."""
     model = recipe.model(recipe.stages()[-1])
     assert isinstance(model, QueryModel)
     started = datetime.datetime.now()
-    metrics = measure_queries(model, data, data.test, filter_seen=ranking == "clean")
+    metrics = measure_queries(model, data, data.test, filter_seen=ranking == "clean", batch_means=batch_means)
     seconds = (datetime.datetime.now() - started).total_seconds()
     return {
         "ranking": ranking,
         "scheduler": None,
         "num_steps": None,
+        "batch_means": batch_means,
         "metrics": metrics,
         "users": len(data.test),
         "seconds_per_user": seconds / len(data.test),

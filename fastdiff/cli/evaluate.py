@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         "--average",
         choices=("users", "batches"),
         default="users",
-        help="batches: the mean of the batches' means, as ADRec's authors take it, with --batch-size 512 (default: users)",
+        help="batches: the mean of batch means, as ADRec's authors take it with --batch-size 512 (default: users)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
     add_sampling_options(parser)

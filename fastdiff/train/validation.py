@@ -52,19 +52,27 @@ def measure(
 
 
 def measure_queries(
-    model: QueryModel, data: TrainingData, instances: Sequence[Instance], filter_seen: bool = False
+    model: QueryModel,
+    data: TrainingData,
+    instances: Sequence[Instance],
+    filter_seen: bool = False,
+    batch_means: int | None = None,
 ) -> dict[str, float]:
-    """The same for a model that maps histories to queries. All items are candidates, seen ones unless filtered."""
+    """The same for a model that maps histories to queries. All items are candidates, seen ones unless filtered.
+
+    batch_means  average over batches of so many users instead of over users
+    """
     catalog = ItemCatalog(model.item_emb)
     metrics = RankingMetrics(TOP_KS, range(data.n_items))
-    for start in range(0, len(instances), BATCH):
-        batch = instances[start : start + BATCH]
+    size = batch_means or BATCH
+    for start in range(0, len(instances), size):
+        batch = instances[start : start + size]
         histories = [[data.numbers[item] for item in instance.history] for instance in batch]
         query: Tensor = model.encode(histories)
         seen = UserLists.from_lists(histories).to(query.device) if filter_seen else None
         top = catalog.topk(query.float(), TOP_KS[-1], user_exclude=seen)
         metrics.update(top.rows.cpu(), [data.numbers[instance.target] for instance in batch])
-    return metrics.compute()
+    return metrics.compute("batches" if batch_means else "users")
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

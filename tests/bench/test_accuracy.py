@@ -12,7 +12,7 @@ import torch
 from bench import machine
 from bench.accuracy import __main__ as command
 from bench.accuracy import cells, report, run
-from bench.accuracy.cells import ABLATIONS, CELLS, DATA, REPORTED, TITLES, VARIANTS, Cell, Variant
+from bench.accuracy.cells import ABLATIONS, BATCH_MEANS, CELLS, DATA, REPORTED, TITLES, VARIANTS, Cell, Variant
 from bench.accuracy.rows import Row, append_rows, cell_of, digest, read_rows
 from bench.weights import random_weights
 from fastdiff.checkpoint import Checkpoint
@@ -53,6 +53,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]
     monkeypatch.setattr(training, "recipe_class", recipes.__getitem__)
     monkeypatch.setattr(command, "CELLS", [TINY, DRAWN])
     monkeypatch.setitem(DATA, "walks", "Walks")
+    monkeypatch.setitem(BATCH_MEANS, "walks", 16)
     for method in recipes:
         monkeypatch.setitem(VARIANTS, method, {"short": Variant("two epochs", {"epochs": 2})})
         monkeypatch.setitem(TITLES, method, method.title())
@@ -118,12 +119,17 @@ def test_cells_are_run_once_and_documented(
     assert tiny["settings"]["epochs"] == 2
     assert tiny["epochs"] == {"table": 2, "map": 2}
     assert tiny["facts"] == {"users": 40, "items": 30, "interactions": 320}
-    assert [one["ranking"] for one in tiny["evaluations"]] == ["published", "clean"]
+    assert [(one["ranking"], one["batch_means"]) for one in tiny["evaluations"]] == [
+        ("published", None),
+        ("clean", None),
+        ("published", 16),
+    ]
 
     data = read(tmp_path / "data" / "walks" / "sequences.txt")
     folder = run.folder_of(DRAWN, tmp_path / "runs")
     engine = from_pretrained(folder / "model")
-    kinds = {(one["ranking"], one["scheduler"], one["num_steps"]): one["metrics"] for one in drawn["evaluations"]}
+    *users, batches = drawn["evaluations"]
+    kinds = {(one["ranking"], one["scheduler"], one["num_steps"]): one["metrics"] for one in users}
     own = [(ranking, None, None) for ranking in ("published", "clean")]
     steps = [("published", name, n) for name in ("ddpm", "ddim") for n in (1, 2, 5, 10, 12)]
     assert list(kinds) == [*own, *steps, ("published", "closed_form", 12)]
@@ -132,6 +138,8 @@ def test_cells_are_run_once_and_documented(
     paper = {"scheduler": "ddpm", "num_inference_steps": 12}
     clean = evaluate(engine, data.test, "clean", filter_seen=True, show_progress=False, **paper).metrics
     assert kinds["clean", None, None] == clean != kinds["published", None, None]
+    means = evaluate(engine, data.test, batch_size=16, average="batches", show_progress=False, **paper).metrics
+    assert (batches["batch_means"], batches["metrics"]) == (16, means)
 
     text = (tmp_path / "docs" / "accuracy.md").read_text()
     assert "`walks`: 40 users, 30 items, 320 interactions." in text
@@ -156,7 +164,7 @@ def test_clean_queries_leave_out_what_was_seen(bench: Callable[..., int], tmp_pa
     weights = run.load_file(run.folder_of(TINY, tmp_path / "runs") / "weights.safetensors")
     recipe.load_state_dict(weights)
     model = recipe.eval().model(recipe.stages()[-1])
-    for evaluation, drops in zip(row["evaluations"], (False, True), strict=True):
+    for evaluation, drops in zip(row["evaluations"][:2], (False, True), strict=True):
         metrics = RankingMetrics((5, 10, 20))
         for instance in data.test:
             history = [data.numbers[item] for item in instance.history]
@@ -198,8 +206,8 @@ def test_an_interrupted_cell_goes_on(
     monkeypatch.setattr(training, "train", None)  # would raise: the training is complete
     assert bench(*runs) == 0
     (row,) = read_rows(tmp_path / "rows.jsonl")
-    assert len(row["evaluations"]) == len({run._key(one) for one in row["evaluations"]}) == 13
-    assert len(calls) == 13 + 1
+    assert len(row["evaluations"]) == len({run._key(one) for one in row["evaluations"]}) == 14
+    assert len(calls) == 14 + 1
 
 
 def test_what_is_wrong_is_said(
@@ -254,9 +262,28 @@ def test_means_and_spreads_over_seeds() -> None:
     full = line_of(text, VARIANTS["sasrec"]["ce"].what)
     assert full[2:5] == ["48", "3", "12.00 ± 2.00"]
     assert full[-2:] == ["30", "10 min"]
+    assert "means of 512" not in text  # ADRec's files alone
     assert line_of(text, VARIANTS["sasrec"]["bce"].what)[3:5] == ["1 of 3", "9.00"]
     ablation = line_of(text, "cross-entropy over the catalogue instead of one negative")
     assert ablation[3:] == ["1", "9.00", "10.00", "9.00", "10.00"]  # the seed that both have
+
+
+def test_batch_means_where_they_are_what_is_reported() -> None:
+    row = {**a_row(1, 0.10), "data": "adrec-sports"}
+    row["evaluations"].append(
+        {**row["evaluations"][0], "batch_means": 512, "metrics": dict.fromkeys(report.METRICS, 0.11)}
+    )
+    text = report.render([row], [Cell("sasrec", "adrec-sports", "ce", seed) for seed in (1, 2)])
+    head = line_of(text, "means of 512: HR@20")
+    line = line_of(text, VARIANTS["sasrec"]["ce"].what)
+    assert len(line) == len(head)
+    assert [line[head.index(name)] for name in ("HR@20", "clean HR@20", "means of 512: HR@20")] == [
+        "10.00",
+        "10.00",
+        "11.00",
+    ]
+    blank = line_of(report.render([], [Cell("sasrec", "adrec-sports", "ce", 1)]), "not yet run")
+    assert len(blank) == len(head)
 
 
 def test_figures_of_different_settings_are_not_averaged() -> None:
@@ -271,7 +298,7 @@ def test_what_was_not_run_and_what_others_report() -> None:
     text = report.render([], CELLS)
     adrec = line_of(text, "ADRec", "0 of 3", "22.4 / 8.55 (1)")
     assert adrec[4] == "not yet run"
-    assert "1. Reported: the authors' public code, trained on this file, as it averages" in text
+    assert "1. Reported: the authors' public code, trained on this file; the same weights averaged over users" in text
     assert text.count("Not yet run.") == 5  # accuracy against steps, of each method
     assert "cannot be rebuilt from these files" in text
 
