@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import bench.accuracy
-from bench.accuracy import report
+from bench.accuracy import logs, report
 from bench.accuracy.cells import CELLS, Cell
 from bench.accuracy.rows import append_rows, cell_of, digest, read_rows
 from bench.accuracy.run import data_of, folder_of, plain, run_cell, settings_of
@@ -100,6 +100,7 @@ def _run(cells: Sequence[Cell], runs: Path, data: Path, rows: Path, minutes: flo
         except Interrupted as stopped:
             print(f"{cell.id}: {stopped}")
             return False
+        logs.write(cell, folder, rows)
         append_rows(rows, [row])
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from bench import machine
 from bench.accuracy import __main__ as command
-from bench.accuracy import cells, report, run
+from bench.accuracy import cells, logs, report, run
 from bench.accuracy.cells import ABLATIONS, BATCH_MEANS, CELLS, DATA, REPORTED, TITLES, VARIANTS, Cell, Variant
 from bench.accuracy.rows import Row, append_rows, cell_of, digest, read_rows
 from bench.weights import random_weights
@@ -140,6 +141,14 @@ def test_cells_are_run_once_and_documented(
     assert kinds["clean", None, None] == clean != kinds["published", None, None]
     means = evaluate(engine, data.test, batch_size=16, average="batches", show_progress=False, **paper).metrics
     assert (batches["batch_means"], batches["metrics"]) == (16, means)
+
+    with logs.path_of(TINY, tmp_path / "rows.jsonl").open() as file:
+        epochs = list(csv.DictReader(file))
+    assert [(epoch["stage"], epoch["epoch"]) for epoch in epochs] == [
+        (s, str(e)) for s in ("table", "map") for e in (1, 2)
+    ]
+    assert float(epochs[-1]["HR@20"]) == pytest.approx(tiny["valid"]["HR@20"], rel=1e-5)
+    assert float(epochs[0]["loss"]) > 0
 
     text = (tmp_path / "docs" / "accuracy.md").read_text()
     assert "`walks`: 40 users, 30 items, 320 interactions." in text
@@ -316,6 +325,13 @@ def test_rows_are_appended_and_the_last_counts(tmp_path: Path) -> None:
     path.write_text("{\n")
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: not a JSON object"):
         read_rows(path)
+
+
+def test_every_row_has_its_training_log() -> None:
+    for row in read_rows(command.ROWS):
+        with logs.path_of(cell_of(row), command.ROWS).open(newline="") as file:
+            stages = [line["stage"] for line in csv.DictReader(file)]
+        assert {stage: stages.count(stage) for stage in row["epochs"]} == row["epochs"]
 
 
 def test_the_document_says_what_the_rows_say() -> None:
