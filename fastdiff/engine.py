@@ -41,6 +41,7 @@ from fastdiff.ops.score_topk import check_finite, score_topk
 from fastdiff.output import GenerateOutput, Pending
 from fastdiff.pipeline import Pipeline
 from fastdiff.plan import StepPlan
+from fastdiff.sampler import Sampler
 from fastdiff.staging import finish
 from fastdiff.stopwatch import Stopwatch
 
@@ -153,7 +154,9 @@ class Engine:
 
     def __repr__(self) -> str:
         backends = ", ".join(f"{op}={backend}" for op, backend in sorted(self.backends.items()))
-        return f"Engine({self.config.method}, {self.catalog!r}, {self.device}, {self.model.dtype}, {backends})"
+        sampler = Sampler.of(self.generation_config, self.config)
+        what = f"{self.config.method}, {sampler}, {self.catalog!r}, {self.device}, {self.model.dtype}"
+        return f"Engine({what}, {backends})"
 
     # --- the call -----------------------------------------------------------------------------------------------------
 

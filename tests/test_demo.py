@@ -20,9 +20,9 @@ from fastdiff.demo.simulate import (
     simulate_users,
 )
 from fastdiff.engine import Engine
+from fastdiff.sampler import Sampler
 from fastdiff.train.run import recipe_class
 from fastdiff.train.settings_file import load_settings
-from fastdiff.train.steps import Sampler
 from fastdiff.train.tarec import TARecSettings
 
 LAW = build_law()

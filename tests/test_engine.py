@@ -21,6 +21,7 @@ from fastdiff.errors import BackendUnavailable, InvalidArgument, InvalidHistory
 from fastdiff.ops.cpu import library
 from fastdiff.ops.score_topk import score_topk
 from fastdiff.plan import StepPlan, ddpm
+from fastdiff.sampler import Sampler
 from tests.builders import METHODS, first_id, small_engine
 from tests.tolerances import AGREE, assert_agree
 
@@ -721,6 +722,7 @@ def test_outputs_are_ordinary_tensors(engine: Any) -> None:
 
 def test_repr_says_what_it_is(engine: Any) -> None:
     assert engine.config.method in repr(engine)
+    assert str(Sampler.of(engine.generation_config, engine.config)) in repr(engine)
     assert f"score_topk={engine.backends['score_topk']}" in repr(engine)
 
 

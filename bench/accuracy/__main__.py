@@ -14,7 +14,7 @@ import torch
 
 import bench.accuracy
 from bench.accuracy import logs, report
-from bench.accuracy.cells import CELLS, Cell
+from bench.accuracy.cells import CELLS, VARIANTS, Cell
 from bench.accuracy.rows import append_rows, cell_of, digest, read_rows
 from bench.accuracy.run import data_of, folder_of, plain, run_cell, settings_of
 from bench.machine import ROOT
@@ -121,7 +121,7 @@ def _list(cells: Sequence[Cell], rows: Path, runs: Path | None) -> None:
             state = "done with other settings"
         else:
             state = report.NOT_RUN
-        print(f"{cell.id:<46} {state}")
+        print(f"{cell.id:<44} {state:<24}  {VARIANTS[cell.method][cell.variant].what}")
 
 
 if __name__ == "__main__":

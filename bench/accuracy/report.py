@@ -12,7 +12,8 @@ from bench.accuracy.cells import ABLATIONS, BATCH_MEANS, CELLS, DATA, REPORTED, 
 from bench.accuracy.rows import Row, cell_of
 from bench.rows import seconds
 from bench.tables import table
-from fastdiff.train.steps import NAMES, NOTHING
+from fastdiff.sampler import NAMES
+from fastdiff.train.steps import NOTHING
 
 NOT_RUN = "not yet run"
 METRICS = ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20")

@@ -23,12 +23,13 @@ from fastdiff.checkpoint import MODEL_FOLDER
 from fastdiff.config import default_generation_config
 from fastdiff.evaluate import evaluate
 from fastdiff.loading import from_pretrained
+from fastdiff.sampler import Sampler
 from fastdiff.train import run as training
 from fastdiff.train.data import TrainingData, read
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
 from fastdiff.train.run_folder import RESULT_FILE
 from fastdiff.train.settings_file import load_settings, presets
-from fastdiff.train.steps import Sampler, samplers
+from fastdiff.train.steps import samplers
 from fastdiff.train.validation import TOP_KS, measure_queries
 
 EVALUATIONS_FILE = "test.jsonl"

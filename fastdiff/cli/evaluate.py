@@ -138,10 +138,12 @@ def _facts(
 
 def _own_sampler(engine: Engine) -> str:
     """What runs where neither scheduler nor number of steps is given: "ddpm, 1 of 32 steps"."""
-    generation, total = engine.generation_config, engine.config.schedule.num_train_timesteps
-    if generation.scheduler == "one_step":
-        return "one_step"
-    return f"{generation.scheduler}, {generation.num_inference_steps or total} of {total} steps"
+    from fastdiff.sampler import Sampler
+
+    sampler, total = Sampler.of(engine.generation_config, engine.config), engine.config.schedule.num_train_timesteps
+    if sampler.scheduler == "one_step":
+        return sampler.scheduler
+    return f"{sampler.scheduler}, {sampler.steps} of {total} steps"
 
 
 def _report(facts: dict[str, Any]) -> str:

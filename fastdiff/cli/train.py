@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     from fastdiff.train.data import describe, read
     from fastdiff.train.run import recipe_class, train
+    from fastdiff.train.run_folder import RunFolder
     from fastdiff.train.settings_file import load_settings, parse_assignments, presets
     from fastdiff.train.trainer import Interrupted
 
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise InvalidArgument(f"--threads: must be at least 1 (got {args.threads})")
         torch.set_num_threads(args.threads)
+
+    RunFolder(args.output).check_free(args.resume)  # before minutes go into reading
 
     def say(line: str) -> None:
         from tqdm.auto import tqdm
@@ -142,7 +145,7 @@ def report(args: argparse.Namespace, result: dict[str, Any]) -> str:
 
 def _sampler_lines(result: dict[str, Any]) -> list[str]:
     """The model's default sampler, beside the paper's where that is another."""
-    from fastdiff.train.steps import Sampler
+    from fastdiff.sampler import Sampler
 
     chosen, paper = (Sampler(one["scheduler"], one["steps"]) for one in (result["sampler"], result["paper_sampler"]))
     if chosen == paper:

@@ -11,6 +11,7 @@ import fastdiff
 from fastdiff.demo.measure import draw_users, measure, numbers_of
 from fastdiff.demo.simulate import build_catalogue, build_law
 from fastdiff.engine import Engine
+from fastdiff.sampler import Sampler
 
 MODELS = Path(__file__).parent / "models"
 MODEL = MODELS / "tarec"
@@ -48,11 +49,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def calls(engine: Engine) -> str:
     """What the model does by default, as the subject of a sentence."""
-    generation, total = engine.generation_config, engine.config.schedule.num_train_timesteps
-    steps = generation.num_inference_steps or total
-    if generation.scheduler == "closed_form":
-        return f"the closed form of all {total} steps takes"
-    return "one denoiser call takes" if generation.scheduler == "one_step" or steps == 1 else f"{steps} steps take"
+    sampler = Sampler.of(engine.generation_config, engine.config)
+    if sampler.scheduler == "closed_form":
+        return f"the closed form of all {sampler.steps} steps takes"
+    return "one denoiser call takes" if sampler.calls == 1 else f"{sampler.steps} steps take"
 
 
 def show_users(engine: Engine, seed: int, top_k: int = 5) -> None:

@@ -18,11 +18,12 @@ from tqdm.auto import tqdm
 from fastdiff.arguments import check_device
 from fastdiff.checkpoint import MODEL_FOLDER, Checkpoint, write_folder
 from fastdiff.errors import InvalidArgument
+from fastdiff.sampler import Sampler
 from fastdiff.train.data import TrainingData
 from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
 from fastdiff.train.run_folder import RESULT_FILE, RunFolder
-from fastdiff.train.steps import Measured, Sampler, fewest_steps, measure_steps
+from fastdiff.train.steps import Measured, fewest_steps, measure_steps
 from fastdiff.train.trainer import Trainer, check_stages
 from fastdiff.train.validation import TOP_KS, measure
 

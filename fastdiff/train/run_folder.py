@@ -39,20 +39,25 @@ class RunFolder:
     def exists(self) -> bool:
         return (self.path / RUN_FILE).exists()
 
-    def open(self, record: dict[str, Any], resume: bool) -> State | None:
-        """Begin a run (None), or its state where one is resumed. Nothing that is there is ever overwritten unasked."""
+    def check_free(self, resume: bool) -> None:
+        """Raise where a run cannot be here: nothing that is there is ever overwritten unasked."""
         if not self.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise InvalidArgument(
                     f"--output: {self.path} exists and holds no training run; give the name of a new folder"
                 )
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write_json(RUN_FILE, record)
-            return None
-        if not resume:
+        elif not resume:
             raise InvalidArgument(
                 f"--output: {self.path} holds a training run; give --resume to go on with it, or another folder"
             )
+
+    def open(self, record: dict[str, Any], resume: bool) -> State | None:
+        """Begin a run (None), or its state where one is resumed."""
+        self.check_free(resume)
+        if not self.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json(RUN_FILE, record)
+            return None
         before = _read_json(self.path / RUN_FILE)
         names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
         if names:

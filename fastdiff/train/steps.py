@@ -4,57 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from fastdiff.checkpoint import Checkpoint
-from fastdiff.config import GenerationConfig, ModelConfig
+from fastdiff.config import ModelConfig
 from fastdiff.engine import Engine
 from fastdiff.evaluate import evaluate
+from fastdiff.sampler import Sampler
 from fastdiff.train.recipe import Recipe
 from fastdiff.train.validation import TOP_KS
 
 NUMBERS_OF_STEPS = (1, 2, 5, 10)
 METRICS = ("HR@20", "NDCG@20")
-NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "one_step": "one step", "closed_form": "closed form"}
-"""What people call the schedulers."""
 
 NOTHING = 0.01
 """Fewer steps cost nothing where no metric is lower by more than this share of itself."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A scheduler and its number of steps."""
-
-    scheduler: str
-    steps: int
-
-    @classmethod
-    def of(cls, generation: GenerationConfig, config: ModelConfig) -> Sampler:
-        """What a generation config runs."""
-        if generation.scheduler == "one_step":
-            return cls("one_step", 1)
-        return cls(generation.scheduler, generation.num_inference_steps or config.schedule.num_train_timesteps)
-
-    @property
-    def calls(self) -> int:
-        """Of the denoiser, per user: the closed form of a whole chain is as dear as one."""
-        return self.steps if self.scheduler in ("ddpm", "ddim") else 1
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Of `generate()` and `evaluate()`."""
-        counted = {"num_inference_steps": self.steps} if self.scheduler in ("ddpm", "ddim") else {}
-        return {"scheduler": self.scheduler, **counted}
-
-    def generation_config(self, before: GenerationConfig, config: ModelConfig) -> GenerationConfig:
-        counted = self.scheduler in ("ddpm", "ddim") and self.steps < config.schedule.num_train_timesteps
-        return replace(before, scheduler=self.scheduler, num_inference_steps=self.steps if counted else None)
-
-    def __str__(self) -> str:
-        named = NAMES[self.scheduler]
-        return named if self.scheduler == "one_step" else f"{named}, {self.steps:,} step{'s' * (self.steps != 1)}"
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def test_cells_are_run_once_and_documented(
     assert f"{100 * tiny['evaluations'][0]['metrics']['HR@20']:.2f}" in text
     capsys.readouterr()
     assert bench("--list") == 0
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["done", "done"]
+    assert [line.split()[1:] for line in capsys.readouterr().out.splitlines()] == [["done", "two", "epochs"]] * 2
 
     monkeypatch.setattr(run, "run_cell", None)
     monkeypatch.setattr(command, "run_cell", None)  # would raise: nothing is left to run

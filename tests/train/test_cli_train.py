@@ -89,6 +89,14 @@ def test_what_is_refused(options: list[str], message: str, capsys: pytest.Captur
     assert not Path("y").exists()
 
 
+def test_the_output_is_refused_before_the_data_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert cli.main(["train", "sasrec", "no-such-file.txt", "--output", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "exists and holds no training run" in error
+    assert "no-such-file" not in error
+
+
 def test_data_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "sasrec"])

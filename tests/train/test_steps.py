@@ -12,7 +12,8 @@ import pytest
 import fastdiff
 from fastdiff import cli
 from fastdiff.config import GenerationConfig, default_generation_config
-from fastdiff.train.steps import Measured, Sampler, fewest_steps, samplers
+from fastdiff.sampler import Sampler
+from fastdiff.train.steps import Measured, fewest_steps, samplers
 from tests.builders import small_config
 
 FULL = Sampler("ddpm", 50)
