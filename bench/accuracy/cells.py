@@ -34,17 +34,27 @@ _AUTHORS_DREAMREC = {
     "validate_every": 5,
 }
 
+_ONE_LAYER = {"denoiser": "mlp1", "cosine_epochs": None, "patience": 6}
+
 VARIANTS: dict[str, dict[str, Variant]] = {
     "adrec": {"recipe": Variant("the authors' three stages")},
     "dreamrec": {
         "paper": Variant("the authors' loss, embeddings and settings (their YooChoose command)", _AUTHORS_DREAMREC),
-        "ranking": Variant("ours: TA-Rec's first stage and settings (our cross-entropy too), less its consistency"),
+        "ranking": Variant("ours: TA-Rec's cross-entropy, the authors' denoiser of one linear layer"),
+        "two_layers": Variant(
+            "ours: TA-Rec's first stage and settings (our cross-entropy, two layers), less its consistency",
+            {"denoiser": "mlp2", "cosine_epochs": 40, "patience": 15},
+        ),
     },
     "tarec": {
         "aligned": Variant(
             "both stages, the first with our cross-entropy: temporal consistency, then preference alignment"
         ),
         "consistency": Variant("the first stage alone, with our cross-entropy", {"alignment_epochs": 0}),
+        "one_layer": Variant("both stages, DreamRec's denoiser of one layer, constant learning rate", _ONE_LAYER),
+        "one_layer_consistency": Variant(
+            "the first stage alone, one layer, constant learning rate", {**_ONE_LAYER, "alignment_epochs": 0}
+        ),
     },
     "dimerec": {
         "recipe": Variant("the paper's losses; what it leaves open is ours"),
@@ -113,8 +123,11 @@ def _cells() -> list[Cell]:
     on_amazon = [
         ("dreamrec", "paper"),
         ("dreamrec", "ranking"),
+        ("dreamrec", "two_layers"),
         ("tarec", "consistency"),
         ("tarec", "aligned"),
+        ("tarec", "one_layer_consistency"),
+        ("tarec", "one_layer"),
         ("sasrec", "ce"),
         ("sasrec", "bce"),
         ("dimerec", "recipe"),
@@ -182,6 +195,9 @@ REPORTED: Sequence[Reported] = (
 
 ABLATIONS: Sequence[tuple[str, str, str, str]] = (
     ("preference alignment", "tarec", "consistency", "aligned"),
+    ("preference alignment, one layer", "tarec", "one_layer_consistency", "one_layer"),
+    ("a second layer in the denoiser, and a cosine", "tarec", "one_layer", "aligned"),
+    ("a second layer in the denoiser, and a cosine", "dreamrec", "ranking", "two_layers"),
     ("our ranking loss and settings instead of the authors'", "dreamrec", "paper", "ranking"),
     ("the reconstruction of x_0", "dimerec", "no_recon", "recipe"),
     ("the sampled-softmax loss", "dimerec", "no_ssm", "recipe"),
