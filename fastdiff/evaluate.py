@@ -57,6 +57,7 @@ class EvaluationResult:
     metrics          "HR@5", "NDCG@5", "MRR@20", "coverage@5", ... -> value in 0..1 (see `fastdiff.metrics`)
     standard_errors  "HR@5", ... -> standard error of that share
     policy           sentences: candidates, seen items, noise, batches, what could not be hit
+    average          "users" or "batches", of batch_size
     users, skipped   rows evaluated; users left out for too few items
     seconds          wall time of the whole pass, reading included
     timings          seconds of the engine's stages, summed over the batches
@@ -71,6 +72,7 @@ class EvaluationResult:
     batch_size: int
     seconds: float
     timings: dict[str, float] = field(default_factory=dict)
+    average: str = "users"
 
     @property
     def histories_per_second(self) -> float:
@@ -164,6 +166,7 @@ def evaluate(
         batch_size,
         seconds,
         timings,
+        average,
     )
 
 

@@ -566,6 +566,14 @@ def test_evaluate_as_json(run: Run, model: Path, sequences: Path) -> None:
     assert facts["policy"][-1].startswith("noise: seed 3")
     again = json.loads(run("evaluate", model, sequences, "--json", "--seed", 3, "--scheduler", "ddim")[1])
     assert again["metrics"] == facts["metrics"]
+    assert again["average"] == "users"
+
+
+def test_evaluate_averages_as_it_is_told(run: Run, model: Path, sequences: Path) -> None:
+    asked = ("evaluate", model, sequences, "--json", "--batch-size", 3, "--average")
+    users, batches = (json.loads(run(*asked, average)[1]) for average in ("users", "batches"))
+    assert batches["average"] == "batches"
+    assert batches["policy"] == [*users["policy"], "average: over batches of 3 users in file order, the last one of 1"]
 
 
 def test_evaluate_for_people(run: Run, model: Path, sequences: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import bench.accuracy
 from bench.accuracy import logs, report
-from bench.accuracy.cells import CELLS, VARIANTS, Cell
+from bench.accuracy.cells import BATCH_MEANS, CELLS, VARIANTS, Cell
 from bench.accuracy.rows import append_rows, cell_of, digest, read_rows
 from bench.accuracy.run import data_of, folder_of, plain, run_cell, settings_of
 from bench.machine import ROOT
@@ -23,6 +23,7 @@ from fastdiff.train.trainer import Interrupted
 
 ROWS = ROOT / "bench" / "results" / "accuracy.jsonl"
 DOCUMENT = ROOT / "docs" / "accuracy.md"
+DONE = "done"
 LEAST_MINUTES = 0.5
 """With less time than this left, no cell is begun."""
 
@@ -87,7 +88,7 @@ def _run(cells: Sequence[Cell], runs: Path, data: Path, rows: Path, minutes: flo
     """Run what is missing; whether all of it was done."""
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for cell in cells:
-        if _is_done(cell, rows):
+        if _state(cell, rows) == DONE:
             continue
         left = (deadline - time.monotonic()) / 60
         if left < LEAST_MINUTES:
@@ -105,22 +106,21 @@ def _run(cells: Sequence[Cell], runs: Path, data: Path, rows: Path, minutes: flo
     return True
 
 
-def _is_done(cell: Cell, rows: Path) -> bool:
+def _state(cell: Cell, rows: Path) -> str:
     row = next((row for row in read_rows(rows) if cell_of(row) == cell), None)
-    return row is not None and row["settings_digest"] == digest(plain(settings_of(cell)))
+    if row is None:
+        return report.NOT_RUN
+    if row["settings_digest"] != digest(plain(settings_of(cell))):
+        return "done with other settings"
+    averages = {None, BATCH_MEANS.get(cell.data)} <= {one.get("batch_means") for one in row["evaluations"]}
+    return DONE if averages and logs.path_of(cell, rows).exists() else "incomplete"
 
 
 def _list(cells: Sequence[Cell], rows: Path, runs: Path | None) -> None:
-    measured = set(map(cell_of, read_rows(rows)))
     for cell in cells:
-        if _is_done(cell, rows):
-            state = "done"
-        elif runs is not None and folder_of(cell, runs).exists():
+        state = _state(cell, rows)
+        if state != DONE and runs is not None and folder_of(cell, runs).exists():
             state = "begun"
-        elif cell in measured:
-            state = "done with other settings"
-        else:
-            state = report.NOT_RUN
         print(f"{cell.id:<44} {state:<24}  {VARIANTS[cell.method][cell.variant].what}")
 
 

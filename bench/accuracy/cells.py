@@ -39,18 +39,19 @@ _ONE_LAYER = {"denoiser": "mlp1", "cosine_epochs": None, "patience": 6}
 VARIANTS: dict[str, dict[str, Variant]] = {
     "adrec": {"recipe": Variant("the authors' three stages")},
     "dreamrec": {
-        "paper": Variant("the authors' loss, embeddings and settings (their YooChoose command)", _AUTHORS_DREAMREC),
-        "ranking": Variant("ours: TA-Rec's cross-entropy, the authors' denoiser of one linear layer"),
+        "paper": Variant(
+            "the authors' loss, embeddings and settings (their YooChoose command), stopped early by us",
+            _AUTHORS_DREAMREC,
+        ),
+        "ranking": Variant("our cross-entropy added, the authors' denoiser of one layer, constant learning rate"),
         "two_layers": Variant(
-            "ours: TA-Rec's first stage and settings (our cross-entropy, two layers), less its consistency",
+            "our cross-entropy added, two layers, cosine: TA-Rec's first stage, less its consistency",
             {"denoiser": "mlp2", "cosine_epochs": 40, "patience": 15},
         ),
     },
     "tarec": {
-        "aligned": Variant(
-            "both stages, the first with our cross-entropy: temporal consistency, then preference alignment"
-        ),
-        "consistency": Variant("the first stage alone, with our cross-entropy", {"alignment_epochs": 0}),
+        "aligned": Variant("temporal consistency with our cross-entropy, two layers, cosine; preference alignment"),
+        "consistency": Variant("the first of these stages alone", {"alignment_epochs": 0}),
         "one_layer": Variant("both stages, DreamRec's denoiser of one layer, constant learning rate", _ONE_LAYER),
         "one_layer_consistency": Variant(
             "the first stage alone, one layer, constant learning rate", {**_ONE_LAYER, "alignment_epochs": 0}
@@ -196,8 +197,8 @@ REPORTED: Sequence[Reported] = (
 ABLATIONS: Sequence[tuple[str, str, str, str]] = (
     ("preference alignment", "tarec", "consistency", "aligned"),
     ("preference alignment, one layer", "tarec", "one_layer_consistency", "one_layer"),
-    ("a second layer in the denoiser, and a cosine", "tarec", "one_layer", "aligned"),
-    ("a second layer in the denoiser, and a cosine", "dreamrec", "ranking", "two_layers"),
+    ("a second layer in the denoiser, a cosine, more patience", "tarec", "one_layer", "aligned"),
+    ("a second layer in the denoiser, a cosine, more patience", "dreamrec", "ranking", "two_layers"),
     ("our ranking loss and settings instead of the authors'", "dreamrec", "paper", "ranking"),
     ("the reconstruction of x_0", "dimerec", "no_recon", "recipe"),
     ("the sampled-softmax loss", "dimerec", "no_ssm", "recipe"),

@@ -1,7 +1,8 @@
 """Training logs beside the rows: results/training/<method>-<data>-<variant>-<seed>.csv, a line per epoch.
 
 From a run's log.csv (stage,epoch,step,seconds,name,value): the same, with a column per name and six digits; a name that
-an epoch has no value of is empty there. The settings stand in the cell's row.
+an epoch has no value of is empty there. Validations are with the paper's sampler, or the recipe's own for validations;
+the settings stand in the cell's row.
 """
 
 from __future__ import annotations

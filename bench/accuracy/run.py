@@ -124,7 +124,8 @@ def _evaluations(
         with path.open("a") as file:
             file.write(json.dumps(evaluation) + "\n")
         metrics = evaluation["metrics"]
-        named = evaluation["scheduler"] or "own sampler"
+        batch = evaluation.get("batch_means")
+        named = evaluation["scheduler"] or (f"means of {batch}" if batch else "own sampler")
         say(
             f"{cell.id}  {evaluation['ranking']:<9} {named:<11} {evaluation['num_steps'] or '':>5}  "
             f"HR@20 {100 * metrics['HR@20']:5.2f}  NDCG@20 {100 * metrics['NDCG@20']:5.2f}"
@@ -162,8 +163,7 @@ def _measure(
         arguments: dict[str, Any] = {**(sampler or paper).arguments}
         if ranking == "clean":
             arguments["filter_seen"] = True
-        if batch is not None:
-            arguments |= {"average": "batches", "batch_size": batch}
+        arguments |= _averaged(batch)
         result = evaluate(engine, data.test, ranking, TOP_KS, show_progress=False, **arguments)
         yield {
             "ranking": ranking,
@@ -176,13 +176,17 @@ def _measure(
         }
 
 
+def _averaged(batch_means: int | None) -> dict[str, Any]:
+    return {} if batch_means is None else {"average": "batches", "batch_size": batch_means}
+
+
 @torch.no_grad()
 def _measure_queries(recipe: Recipe, data: TrainingData, ranking: str, batch_means: int | None) -> Evaluation:
     """For a model that maps histories to queries: all items, or all but those seen ("clean")."""
     model = recipe.model(recipe.stages()[-1])
     assert isinstance(model, QueryModel)
     started = datetime.datetime.now()
-    metrics = measure_queries(model, data, data.test, filter_seen=ranking == "clean", batch_means=batch_means)
+    metrics = measure_queries(model, data, data.test, filter_seen=ranking == "clean", **_averaged(batch_means))
     seconds = (datetime.datetime.now() - started).total_seconds()
     return {
         "ranking": ranking,

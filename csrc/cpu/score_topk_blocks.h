@@ -1,14 +1,16 @@
-// The blocks that a scan goes through: their rows, what a score must reach, and what is kept.
+// What scans with vectors and with tiles share: blocks of rows, what a score must reach, and what is kept.
 #pragma once
 
-#include "dot_rows.h"
+#include <cstring>
+
+#include "dot_panel.h"
 #include "score_topk.h"
 
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
-namespace {
+namespace {  // a Block is something else in other files
 
-using namespace topk;
+using namespace topk;  // of the scans alone: no other file includes this one
 
 constexpr int kTogether = 4;   // blocks that few queries take at a time
 constexpr int64_t kAhead = 2;  // blocks from the one at work to the one that is fetched into the second-level cache
@@ -23,6 +25,7 @@ struct Block {
   Bound bound;
 };
 
+// The scans derive from it: one block, or a few, are at work at a time.
 class Blocks {
  protected:
   explicit Blocks(const ScanArgs& args)
@@ -41,7 +44,6 @@ class Blocks {
   // of the block at work
   char* threshold_space() { return thresholds_ + (block_ - blocks_) * 4 * queries_.n_padded; }
   float* thresholds() { return reinterpret_cast<float*>(threshold_space()); }
-  int32_t* whole_thresholds() { return reinterpret_cast<int32_t*>(threshold_space()); }
 
   // --- rows ----------------------------------------------------------------------------------------------------------
 
@@ -93,24 +95,6 @@ class Blocks {
 #else
     (void)i;
 #endif
-  }
-
-  // Row i of the block in float32, in place or in `space`.
-  const float* wide_row(int64_t i, float* space) const {
-    prefetch(i);
-    switch (table_.stored) {
-      case Stored::float32:
-        return reinterpret_cast<const float*>(block_->rows[i]);
-      case Stored::bfloat16:
-        widen_bfloat16(block_->rows[i], dim_, space);
-        return space;
-      case Stored::float16:
-        widen_float16(block_->rows[i], block_->bound.scale, dim_, space);
-        return space;
-      default:
-        widen_int8(block_->rows[i], block_->bound.scale, dim_, space);
-        return space;
-    }
   }
 
   // A row as bfloat16 or as it is stored, padded to `width` bytes. A padded query is zero there.

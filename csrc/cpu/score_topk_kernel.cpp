@@ -5,9 +5,9 @@
 namespace fastdiff {
 namespace FASTDIFF_LEVEL {
 
-void topk_scan(const ScanArgs& args) {
+void topk_scan(const topk::ScanArgs& args) {
 #if defined(__AMX_TILE__)
-  if (args.product == Product::bfloat16_tiles || args.product == Product::int8_tiles) {
+  if (args.product == topk::Product::bfloat16_tiles || args.product == topk::Product::int8_tiles) {
     // constant data: GCC 12 believes that the instruction reads 8 bytes, and leaves out the writing of the others
     static constexpr TileShapes kShapes;
     _tile_loadconfig(&kShapes);

@@ -1,6 +1,8 @@
 // The scan with AMX's tiles.
 #pragma once
 
+#include <cstring>
+
 #include "dot_tiles.h"
 #include "score_topk_blocks.h"
 

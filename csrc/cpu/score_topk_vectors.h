@@ -1,6 +1,7 @@
 // The scan with products of vectors.
 #pragma once
 
+#include "dot_rows.h"
 #include "dot_tiles.h"
 #include "score_topk_blocks.h"
 
@@ -35,6 +36,26 @@ class VectorScan : Blocks {
   }
 
  private:
+  int32_t* whole_thresholds() { return reinterpret_cast<int32_t*>(threshold_space()); }
+
+  // Row i of the block in float32, in place or in `space`.
+  const float* wide_row(int64_t i, float* space) const {
+    prefetch(i);
+    switch (table_.stored) {
+      case Stored::float32:
+        return reinterpret_cast<const float*>(block_->rows[i]);
+      case Stored::bfloat16:
+        widen_bfloat16(block_->rows[i], dim_, space);
+        return space;
+      case Stored::float16:
+        widen_float16(block_->rows[i], block_->bound.scale, dim_, space);
+        return space;
+      default:
+        widen_int8(block_->rows[i], block_->bound.scale, dim_, space);
+        return space;
+    }
+  }
+
   // All rows as panels [4][dim, 16] of float32.
   const float* wide_panels() {
     float* panels = reinterpret_cast<float*>(packed_);

@@ -123,7 +123,7 @@ def _facts(
         "generation_config": engine.generation_config.to_dict(),
         "seed": result.seed,
         "batch_size": result.batch_size,
-        "average": args.average,
+        "average": result.average,
         "device": str(engine.device),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "backends": engine.backends,

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidArgument(f"--threads: must be at least 1 (got {args.threads})")
         torch.set_num_threads(args.threads)
 
-    RunFolder(args.output).check_free(args.resume)  # before minutes go into reading
+    RunFolder(args.output).check(args.resume)  # before minutes go into reading
 
     def say(line: str) -> None:
         from tqdm.auto import tqdm

@@ -39,7 +39,7 @@ class RunFolder:
     def exists(self) -> bool:
         return (self.path / RUN_FILE).exists()
 
-    def check_free(self, resume: bool) -> None:
+    def check(self, resume: bool) -> None:
         """Raise where a run cannot be here: nothing that is there is ever overwritten unasked."""
         if not self.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -53,7 +53,7 @@ class RunFolder:
 
     def open(self, record: dict[str, Any], resume: bool) -> State | None:
         """Begin a run (None), or its state where one is resumed."""
-        self.check_free(resume)
+        self.check(resume)
         if not self.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_json(RUN_FILE, record)

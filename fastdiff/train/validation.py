@@ -56,23 +56,23 @@ def measure_queries(
     data: TrainingData,
     instances: Sequence[Instance],
     filter_seen: bool = False,
-    batch_means: int | None = None,
+    average: str = "users",
+    batch_size: int = BATCH,
 ) -> dict[str, float]:
     """The same for a model that maps histories to queries. All items are candidates, seen ones unless filtered.
 
-    batch_means  average over batches of so many users instead of over users
+    average  "users", or "batches" of batch_size, as in `fastdiff.evaluate.evaluate`
     """
     catalog = ItemCatalog(model.item_emb)
     metrics = RankingMetrics(TOP_KS, range(data.n_items))
-    size = batch_means or BATCH
-    for start in range(0, len(instances), size):
-        batch = instances[start : start + size]
+    for start in range(0, len(instances), batch_size):
+        batch = instances[start : start + batch_size]
         histories = [[data.numbers[item] for item in instance.history] for instance in batch]
         query: Tensor = model.encode(histories)
         seen = UserLists.from_lists(histories).to(query.device) if filter_seen else None
         top = catalog.topk(query.float(), TOP_KS[-1], user_exclude=seen)
         metrics.update(top.rows.cpu(), [data.numbers[instance.target] for instance in batch])
-    return metrics.compute("batches" if batch_means else "users")
+    return metrics.compute(average)
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

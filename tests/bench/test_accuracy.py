@@ -160,6 +160,11 @@ def test_cells_are_run_once_and_documented(
     monkeypatch.setattr(run, "run_cell", None)
     monkeypatch.setattr(command, "run_cell", None)  # would raise: nothing is left to run
     assert bench(*runs) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(BATCH_MEANS, "walks", 9)
+    assert bench("--list") == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["incomplete"] * 2
+    monkeypatch.setitem(BATCH_MEANS, "walks", 16)
     monkeypatch.setitem(VARIANTS, "tiny", {"short": Variant("", {"epochs": 3})})
     assert bench("--list") == 0
     assert "done with other settings" in capsys.readouterr().out
@@ -173,15 +178,20 @@ def test_clean_queries_leave_out_what_was_seen(bench: Callable[..., int], tmp_pa
     weights = run.load_file(run.folder_of(TINY, tmp_path / "runs") / "weights.safetensors")
     recipe.load_state_dict(weights)
     model = recipe.eval().model(recipe.stages()[-1])
-    for evaluation, drops in zip(row["evaluations"][:2], (False, True), strict=True):
-        metrics = RankingMetrics((5, 10, 20))
+    kinds = ((False, "users"), (True, "users"), (False, "batches"))
+    for evaluation, (drops, average) in zip(row["evaluations"], kinds, strict=True):
+        metrics, lists, targets = RankingMetrics((5, 10, 20)), [], []
         for instance in data.test:
             history = [data.numbers[item] for item in instance.history]
             scores = (model.encode([history]) @ model.item_emb.T)[0].detach()
             if drops:
                 scores[history] = -torch.inf
-            metrics.update([scores.argsort(descending=True)[:20].tolist()], [data.numbers[instance.target]])
-        expected = metrics.compute()
+            lists.append(scores.argsort(descending=True)[:20].tolist())
+            targets.append(data.numbers[instance.target])
+        for at in range(0, len(lists), 16):
+            metrics.update(lists[at : at + 16], targets[at : at + 16])
+        assert len(lists) % 16  # or the two averages would be one
+        expected = metrics.compute(average)
         assert {name: evaluation["metrics"][name] for name in expected} == pytest.approx(expected)
 
 
@@ -330,8 +340,12 @@ def test_rows_are_appended_and_the_last_counts(tmp_path: Path) -> None:
 def test_every_row_has_its_training_log() -> None:
     for row in read_rows(command.ROWS):
         with logs.path_of(cell_of(row), command.ROWS).open(newline="") as file:
-            stages = [line["stage"] for line in csv.DictReader(file)]
+            lines = list(csv.DictReader(file))
+        stages = [line["stage"] for line in lines]
         assert {stage: stages.count(stage) for stage in row["epochs"]} == row["epochs"]
+        assert float(lines[-1]["seconds"]) == pytest.approx(row["seconds"], abs=0.06)
+    written = {logs.path_of(cell_of(row), command.ROWS) for row in read_rows(command.ROWS)}
+    assert set((command.ROWS.parent / logs.FOLDER).iterdir()) == written
 
 
 def test_the_document_says_what_the_rows_say() -> None:

@@ -62,14 +62,6 @@ def test_every_sampler_is_written_as_a_config_and_read_back(method: str) -> None
         assert (chosen.guidance_scale, chosen.top_k) == (2.0, 7)
 
 
-def test_what_a_sampler_is_called() -> None:
-    assert [str(Sampler("ddim", 1)), str(Sampler("ddpm", 1000)), str(Sampler("one_step", 1))] == [
-        "DDIM, 1 step",
-        "DDPM, 1,000 steps",
-        "one step",
-    ]
-
-
 @pytest.mark.parametrize("all_steps", [False, True])
 def test_the_default_of_a_trained_model(
     all_steps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
