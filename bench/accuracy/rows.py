@@ -2,8 +2,8 @@
 
 cell       method, data, variant, seed
 run        settings, settings_digest, data_digest, facts (users, items, interactions), epochs, seconds, parameters
-result     valid: metrics of the weights that were kept, under the default sampler; sampler: the model's default, chosen on
-           the validation users; evaluations on the test users: ranking, scheduler and num_steps (null: the paper's
+result     valid: metrics of the weights that were kept, under the default sampler; sampler: the model's default, chosen
+           on the validation users; evaluations on the test users: ranking, scheduler and num_steps (null: the paper's
            sampler), batch_means (of so many users; null or not there: the mean over users), metrics, users,
            seconds_per_user
 where      machine, date
