@@ -89,6 +89,8 @@ def _run(cells: Sequence[Cell], runs: Path, data: Path, rows: Path, minutes: flo
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for cell in cells:
         if _state(cell, rows) == DONE:
+            if len(cells) < len(CELLS):  # that were asked for
+                print(f"{cell.id}: done already; --rows and --document of your own, and other --runs, train it again")
             continue
         left = (deadline - time.monotonic()) / 60
         if left < LEAST_MINUTES:

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastdiff.train.data import describe, read
+    from fastdiff.train.recipe import Settings
     from fastdiff.train.run import recipe_class, train
     from fastdiff.train.run_folder import RunFolder
     from fastdiff.train.settings_file import load_settings, parse_assignments, presets
@@ -77,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     kind = recipe_class(args.method)
     settings = load_settings(args.method, kind.Settings, args.preset, args.settings, parse_assignments(args.set))
     if args.show_settings:
-        print(f"{inspect.getdoc(kind.Settings)}\n")
+        for one in reversed(kind.Settings.__mro__):  # TA-Rec's settings are DreamRec's and its own
+            if issubclass(one, Settings) and one is not Settings:
+                print(f"{inspect.getdoc(one)}\n")
         for name, value in dataclasses.asdict(settings).items():
             print(f"{name} = {value}")
         for name, values in presets(args.method).items():
@@ -107,6 +110,9 @@ def run(args: argparse.Namespace) -> int:
     )
     for line in describe(data):
         say(line)
+    named = [name for name in presets(args.method) if name != "default"]
+    if args.preset is None and args.settings is None and not args.set and named:
+        say(f"settings: the defaults; others, each for the data set of its name, with --preset {', '.join(named)}")
     try:
         result = train(
             args.method,

@@ -67,7 +67,10 @@ class RunFolder:
                 else f"{name} was {_short(before.get(name))}, now {_short(record.get(name))}"
                 for name in names
             )
-            raise InvalidArgument(f"--resume: {self.path} was made otherwise: {told}; give the same, or another folder")
+            raise InvalidArgument(
+                f"--resume: {self.path} was made otherwise: {told}; give the options (--preset, --settings, --set, ..) "
+                "that it was begun with, or another folder"
+            )
         return self.load_state()
 
     def load_state(self) -> State | None:
