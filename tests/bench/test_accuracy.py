@@ -281,7 +281,7 @@ def test_means_and_spreads_over_seeds() -> None:
     full = line_of(text, VARIANTS["sasrec"]["ce"].what)
     assert full[2:5] == ["48", "3", "12.00 ± 2.00"]
     assert full[-2:] == ["30", "10 min"]
-    assert "means of 512" not in text  # ADRec's files alone
+    assert "means of 512: HR@20" not in text  # ADRec's files alone
     assert line_of(text, VARIANTS["sasrec"]["bce"].what)[3:5] == ["1 of 3", "9.00"]
     ablation = line_of(text, "cross-entropy over the catalogue instead of one negative")
     assert ablation[3:] == ["1", "9.00", "10.00", "9.00", "10.00"]  # the seed that both have
