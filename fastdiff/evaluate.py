@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from fastdiff.data import IdType, Instance, LeaveOneOut, check_known, id_type_of
 from fastdiff.errors import DataError, InvalidArgument
-from fastdiff.metrics import AVERAGES, RankingMetrics
+from fastdiff.metrics import RankingMetrics, check_average
 
 if TYPE_CHECKING:
     from fastdiff.catalog import ItemCatalog
@@ -117,8 +117,7 @@ def evaluate(
     batch_size = default_batch_size(engine) if batch_size is None else batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise InvalidArgument(f"evaluate: batch_size must be an int of at least 1 (got {batch_size!r})")
-    if average not in AVERAGES:
-        raise InvalidArgument(f"evaluate: average must be one of {', '.join(map(repr, AVERAGES))} (got {average!r})")
+    check_average("evaluate", average)
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InvalidArgument(f"evaluate: limit must be an int of at least 1 (got {limit!r})")
     metrics = RankingMetrics(top_ks, engine.catalog.item_ids)

@@ -108,9 +108,7 @@ class RankingMetrics:
     def _hits(self, average: str) -> tuple[npt.NDArray[Any], int]:
         """[largest k], hits at each rank, and of how many: rows, or shares of a batch's rows, and batches."""
         self._check_rows()
-        if average not in AVERAGES:
-            accepted = ", ".join(map(repr, AVERAGES))
-            raise InvalidArgument(f"RankingMetrics: average must be one of {accepted} (got {average!r})")
+        check_average("RankingMetrics", average)
         if average == "batches":
             return self._batch_shares, len(self._batch_sizes)
         return self._rank_counts, self.n_rows
@@ -118,6 +116,12 @@ class RankingMetrics:
     def _check_rows(self) -> None:
         if self.n_rows == 0:
             raise InvalidArgument("RankingMetrics: no row has been counted; call update() with at least one first")
+
+
+def check_average(where: str, average: str) -> None:
+    if average not in AVERAGES:
+        accepted = ", ".join(map(repr, AVERAGES))
+        raise InvalidArgument(f"{where}: average must be one of {accepted} (got {average!r})")
 
 
 def _array(values: Ids) -> npt.NDArray[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import machine
 from bench.accuracy.cells import ABLATIONS, BATCH_MEANS, CELLS, DATA, REPORTED, TITLES, VARIANTS, Cell
-from bench.accuracy.rows import Row, cell_of
+from bench.accuracy.rows import Row, cell_of, key_of
 from bench.rows import seconds
 from bench.tables import table
 from fastdiff.sampler import NAMES
@@ -51,10 +51,7 @@ def _data_set(data: str, title: str, cells: Sequence[Cell], rows: Sequence[Row])
         counts = ", ".join(f"{facts[name]:,} {name}" for name in ("users", "items", "interactions"))
         parts.append(f"`{data}`: {counts}.")
     sources: list[str] = []
-    head = ["method", "trained", "D", "seeds", *METRICS, "clean HR@20", "clean NDCG@20"]
-    if data in BATCH_MEANS:
-        head += [f"means of {BATCH_MEANS[data]}: HR@20", f"means of {BATCH_MEANS[data]}: NDCG@20"]
-    head.append("reported HR@20 / NDCG@20")
+    head = ["method", "trained", "D", "seeds", *METRICS, *_other_columns(data), "reported HR@20 / NDCG@20"]
     kinds = dict.fromkeys((cell.method, cell.variant) for cell in cells)
     body = [_line(method, variant, data, cells, rows, sources) for method, variant in kinds]
     parts.append(table([*head, "epochs", "time"], body))
@@ -70,26 +67,30 @@ def _line(
     planned = sum((cell.method, cell.data, cell.variant) == (method, data, variant) for cell in cells)
     start = [TITLES[method], VARIANTS[method][variant].what]
     reported = _reported(method, variant, data, sources)
-    batch = BATCH_MEANS.get(data)
+    figures = [_metric(name, "published") for name in METRICS] + list(_other_columns(data).values())
     if not found:
-        blank = len(METRICS) + (1 if batch is None else 3)
-        return [*start, "", f"0 of {planned}", NOT_RUN, *[""] * blank, reported, "", ""]
+        return [*start, "", f"0 of {planned}", NOT_RUN, *[""] * (len(figures) - 1), reported, "", ""]
     seeds = str(len(found)) if len(found) >= planned else f"{len(found)} of {planned}"
-    published = [_mean(found, _metric(name, "published")) for name in METRICS]
-    others = [("clean", None), ("published", batch)] if batch else [("clean", None)]
-    last = [_mean(found, _metric(name, ranking, of)) for ranking, of in others for name in ("HR@20", "NDCG@20")]
     epochs = [sum(row["epochs"].values()) for row in found]
     minutes = [row["seconds"] for row in found]
     return [
         *start,
         str(found[0]["settings"].get("hidden_size", "")),
         seeds,
-        *published,
-        *last,
+        *(_mean(found, figure) for figure in figures),
         reported,
         f"{statistics.mean(epochs):.0f}",
         _duration(statistics.mean(minutes)),
     ]
+
+
+def _other_columns(data: str) -> dict[str, Callable[[Row], float]]:
+    """Title -> figure of a row: the clean ranking and, where they are what is reported, means of batches."""
+    names, batch = ("HR@20", "NDCG@20"), BATCH_MEANS.get(data)
+    columns = {f"clean {name}": _metric(name, "clean") for name in names}
+    if batch is not None:
+        columns |= {f"means of {batch}: {name}": _metric(name, "published", batch) for name in names}
+    return columns
 
 
 def _reported(method: str, variant: str, data: str, sources: list[str]) -> str:
@@ -118,7 +119,7 @@ def _evaluation(
 ) -> dict[str, Any]:
     wanted = (ranking, scheduler, num_steps, batch_means)
     for one in row["evaluations"]:
-        if (one["ranking"], one["scheduler"], one["num_steps"], one.get("batch_means")) == wanted:
+        if key_of(one) == wanted:
             return dict(one)
     raise ValueError(f"{cell_of(row).id}: there is no evaluation {wanted}; run the cell again")
 

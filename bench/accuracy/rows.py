@@ -28,6 +28,11 @@ def cell_of(row: Row) -> Cell:
     return Cell(row["method"], row["data"], row["variant"], row["seed"])
 
 
+def key_of(evaluation: Mapping[str, Any]) -> tuple[str, str | None, int | None, int | None]:
+    """ranking, scheduler, num_steps, batch_means: what tells a cell's evaluations apart."""
+    return evaluation["ranking"], evaluation["scheduler"], evaluation["num_steps"], evaluation.get("batch_means")
+
+
 def digest(settings: Mapping[str, Any]) -> str:
     """Eight digits that differ where any setting does."""
     text = json.dumps(settings, sort_keys=True, ensure_ascii=False)

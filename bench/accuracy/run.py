@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from safetensors.torch import load_file
 
 from bench import machine
 from bench.accuracy.cells import BATCH_MEANS, Cell
-from bench.accuracy.rows import Row, digest
+from bench.accuracy.rows import Row, digest, key_of
 from fastdiff.checkpoint import MODEL_FOLDER
 from fastdiff.config import default_generation_config
+from fastdiff.engine import Engine
 from fastdiff.evaluate import evaluate
 from fastdiff.loading import from_pretrained
 from fastdiff.sampler import Sampler
@@ -119,7 +122,7 @@ def _evaluations(
     path = folder / EVALUATIONS_FILE
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     yield from done
-    have = {_key(one) for one in done}
+    have = set(map(key_of, done))
     for evaluation in _measure(cell, settings, folder, data, device, have):
         with path.open("a") as file:
             file.write(json.dumps(evaluation) + "\n")
@@ -133,70 +136,55 @@ def _evaluations(
         yield evaluation
 
 
-def _key(evaluation: Evaluation) -> tuple[Any, ...]:
-    return evaluation["ranking"], evaluation["scheduler"], evaluation["num_steps"], evaluation.get("batch_means")
-
-
 def _measure(
     cell: Cell, settings: Settings, folder: Path, data: TrainingData, device: str, have: set[tuple[Any, ...]]
 ) -> Iterator[Evaluation]:
     """Published and clean ranking with the paper's sampler; the other samplers, and batch means, when published."""
-    batch_means = BATCH_MEANS.get(cell.data)
-    if not (folder / MODEL_FOLDER).exists():
+    if (folder / MODEL_FOLDER).exists():
+        engine = from_pretrained(folder / MODEL_FOLDER, device=device)
+        found, others = partial(_of_engine, engine, data), samplers(engine.config)
+    else:
         recipe = training.recipe_class(cell.method)(settings, data)
         recipe.load_state_dict(load_file(folder / "weights.safetensors"))
-        wanted: list[tuple[str, int | None]] = [("published", None), ("clean", None)]
-        wanted += [("published", batch_means)] if batch_means else []
-        for ranking, batch in wanted:
-            if (ranking, None, None, batch) not in have:
-                yield _measure_queries(recipe.to(device).eval(), data, ranking, batch)
-        return
-    engine = from_pretrained(folder / MODEL_FOLDER, device=device)
-    paper = Sampler.of(default_generation_config(engine.config), engine.config)
+        found, others = partial(_of_queries, recipe.to(device).eval(), data), []
     kinds: list[tuple[str, Sampler | None, int | None]] = [("published", None, None), ("clean", None, None)]
-    kinds += [("published", sampler, None) for sampler in samplers(engine.config)]
-    kinds += [("published", None, batch_means)] if batch_means else []
+    kinds += [("published", sampler, None) for sampler in others]
+    if cell.data in BATCH_MEANS:
+        kinds.append(("published", None, BATCH_MEANS[cell.data]))
     for ranking, sampler, batch in kinds:
-        scheduler, steps = (sampler.scheduler, sampler.steps) if sampler else (None, None)
-        if (ranking, scheduler, steps, batch) in have:
-            continue
-        arguments: dict[str, Any] = {**(sampler or paper).arguments}
-        if ranking == "clean":
-            arguments["filter_seen"] = True
-        arguments |= _averaged(batch)
-        result = evaluate(engine, data.test, ranking, TOP_KS, show_progress=False, **arguments)
-        yield {
+        kind = {
             "ranking": ranking,
-            "scheduler": scheduler,
-            "num_steps": steps,
+            "scheduler": sampler and sampler.scheduler,
+            "num_steps": sampler and sampler.steps,
             "batch_means": batch,
-            "metrics": result.metrics,
-            "users": result.users,
-            "seconds_per_user": result.seconds / result.users,
         }
+        if key_of(kind) in have:
+            continue
+        averaged = {} if batch is None else {"average": "batches", "batch_size": batch}
+        metrics, seconds = found(ranking, sampler, averaged)
+        yield {**kind, "metrics": metrics, "users": len(data.test), "seconds_per_user": seconds / len(data.test)}
 
 
-def _averaged(batch_means: int | None) -> dict[str, Any]:
-    return {} if batch_means is None else {"average": "batches", "batch_size": batch_means}
+def _of_engine(
+    engine: Engine, data: TrainingData, ranking: str, sampler: Sampler | None, averaged: dict[str, Any]
+) -> tuple[dict[str, float], float]:
+    """Metrics and seconds on the test users; no sampler is the paper's."""
+    sampler = sampler or Sampler.of(default_generation_config(engine.config), engine.config)
+    arguments = {**sampler.arguments, **averaged, **({"filter_seen": True} if ranking == "clean" else {})}
+    result = evaluate(engine, data.test, ranking, TOP_KS, show_progress=False, **arguments)
+    return result.metrics, result.seconds
 
 
 @torch.no_grad()
-def _measure_queries(recipe: Recipe, data: TrainingData, ranking: str, batch_means: int | None) -> Evaluation:
+def _of_queries(
+    recipe: Recipe, data: TrainingData, ranking: str, sampler: None, averaged: dict[str, Any]
+) -> tuple[dict[str, float], float]:
     """For a model that maps histories to queries: all items, or all but those seen ("clean")."""
     model = recipe.model(recipe.stages()[-1])
     assert isinstance(model, QueryModel)
-    started = datetime.datetime.now()
-    metrics = measure_queries(model, data, data.test, filter_seen=ranking == "clean", **_averaged(batch_means))
-    seconds = (datetime.datetime.now() - started).total_seconds()
-    return {
-        "ranking": ranking,
-        "scheduler": None,
-        "num_steps": None,
-        "batch_means": batch_means,
-        "metrics": metrics,
-        "users": len(data.test),
-        "seconds_per_user": seconds / len(data.test),
-    }
+    started = time.perf_counter()
+    metrics = measure_queries(model, data, data.test, filter_seen=ranking == "clean", **averaged)
+    return metrics, time.perf_counter() - started
 
 
 def data_of(cell: Cell, folder: Path) -> TrainingData:

@@ -14,7 +14,7 @@ from bench import machine
 from bench.accuracy import __main__ as command
 from bench.accuracy import cells, logs, report, run
 from bench.accuracy.cells import ABLATIONS, BATCH_MEANS, CELLS, DATA, REPORTED, TITLES, VARIANTS, Cell, Variant
-from bench.accuracy.rows import Row, append_rows, cell_of, digest, read_rows
+from bench.accuracy.rows import Row, append_rows, cell_of, digest, key_of, read_rows
 from bench.weights import random_weights
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import default_generation_config
@@ -225,7 +225,7 @@ def test_an_interrupted_cell_goes_on(
     monkeypatch.setattr(training, "train", None)  # would raise: the training is complete
     assert bench(*runs) == 0
     (row,) = read_rows(tmp_path / "rows.jsonl")
-    assert len(row["evaluations"]) == len({run._key(one) for one in row["evaluations"]}) == 14
+    assert len(row["evaluations"]) == len(set(map(key_of, row["evaluations"]))) == 14
     assert len(calls) == 14 + 1
 
 
