@@ -58,6 +58,8 @@ class EvaluationResult:
     standard_errors  "HR@5", ... -> standard error of that share
     policy           sentences: candidates, seen items, noise, batches, what could not be hit
     average          "users" or "batches", of batch_size
+    items            different items among the histories and targets: far fewer than the catalogue has, where the data
+                     are of another data set than the model
     users, skipped   rows evaluated; users left out for too few items
     seconds          wall time of the whole pass, reading included
     timings          seconds of the engine's stages, summed over the batches
@@ -73,6 +75,7 @@ class EvaluationResult:
     seconds: float
     timings: dict[str, float] = field(default_factory=dict)
     average: str = "users"
+    items: int = 0
 
     @property
     def histories_per_second(self) -> float:
@@ -102,8 +105,8 @@ def evaluate(
                 share an empty history, and must not share a draw
     filter_seen for the clean ranking; None is the model's own setting
     limit       only the first so many instances
-    average     "users": the mean over users; "batches": the mean over batches of their means, as ADRec's authors do
-                (batch_size 512): the users of a short last batch weigh more
+    average     "users": the mean over users; "batches": the mean over batches of their means, which depends on
+                batch_size (ADRec's authors: 512): the users of a short last batch weigh more
     arguments   further ones of `Engine.generate`: num_inference_steps, scheduler, eta, guidance_scale, num_samples, ...
     Raises `DataError` where there is no instance, and where a history or a target is an item that the catalogue does
     not hold. Targets that are no candidates of the ranking (the model's pad id under "clean", items added to the
@@ -114,15 +117,21 @@ def evaluate(
             raise InvalidArgument(f"evaluate: {name} cannot be given: {why}")
     if isinstance(top_ks, (str, bytes)) or not isinstance(top_ks, Sequence):
         raise InvalidArgument(f"evaluate: top_ks must be a tuple of ints of at least 1 (got {top_ks!r})")
+    check_average("evaluate", average)
+    if average == "batches" and batch_size is None:
+        raise InvalidArgument(
+            'evaluate: average="batches" depends on the batch_size, which is not given; give that of the figures to '
+            "compare with (ADRec's authors: 512)"
+        )
     batch_size = default_batch_size(engine) if batch_size is None else batch_size
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise InvalidArgument(f"evaluate: batch_size must be an int of at least 1 (got {batch_size!r})")
-    check_average("evaluate", average)
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InvalidArgument(f"evaluate: limit must be an int of at least 1 (got {limit!r})")
     metrics = RankingMetrics(top_ks, engine.catalog.item_ids)
     timings: dict[str, float] = {}
     already_seen = no_candidates = 0
+    items: set[Any] = set()
     start = time.perf_counter()
     source, done = islice(instances, limit), 0
     total = min(len(instances), limit or sys.maxsize) if isinstance(instances, Sized) else limit
@@ -145,6 +154,7 @@ def evaluate(
             already_seen += sum(can and row.target in row.history for can, row in zip(candidates, batch, strict=True))
             for stage, seconds in output.timings.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
+            items.update(*histories, (instance.target for instance in batch))
             done += len(batch)
             bar.update(len(batch))
     seconds = time.perf_counter() - start
@@ -166,6 +176,7 @@ def evaluate(
         seconds,
         timings,
         average,
+        len(items),
     )
 
 

@@ -61,6 +61,7 @@ def test_metrics_are_those_of_the_lists(method: str, ranking: str) -> None:
     assert (result.users, result.skipped, result.seed, result.batch_size) == (23, 0, 5, 256)
     assert set(result.timings) == {"prepare", "encode", "denoise", "rank"}
     assert result.histories_per_second == result.users / result.seconds > 0
+    assert result.items == len({item for one in rows for item in (*one.history, one.target)})
 
 
 def test_the_batch_size_does_not_matter() -> None:
@@ -237,6 +238,8 @@ def test_what_cannot_be_evaluated() -> None:
             evaluate(engine, instances(2), show_progress=False, **arguments)
     with pytest.raises(InvalidArgument, match=r"average must be one of 'users', 'batches' \(got 'rows'\)"):
         evaluate(engine, instances(2), average="rows", show_progress=False)
+    with pytest.raises(InvalidArgument, match=r'average="batches" depends on the batch_size, which is not given'):
+        evaluate(engine, instances(2), average="batches", show_progress=False)
     for top_ks in (5, None, "5", {5}, (), (0,), (True,)):
         with pytest.raises(InvalidArgument, match=r"top_ks must be .*ints of at least 1"):
             evaluate(engine, instances(2), top_ks=top_ks, show_progress=False)  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         "--average",
         choices=("users", "batches"),
         default="users",
-        help="batches: the mean of batch means, as ADRec's authors take it with --batch-size 512 (default: users)",
+        help="batches: the mean of the batches' means; needs --batch-size (ADRec's authors: 512) (default: users)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
     add_sampling_options(parser)
@@ -115,6 +115,8 @@ def _facts(
         "split": getattr(instances, "split", None),
         "users": result.users,
         "skipped_users": result.skipped,
+        "items": result.items,
+        "catalogue_items": engine.catalog.n_items,
         "fewest_items": getattr(instances, "min_items", None),
         "notes": notes,
         "ranking": args.ranking,
@@ -156,7 +158,8 @@ def _report(facts: dict[str, Any]) -> str:
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in facts["timings"].items())
     lines = [
         f"model   {facts['model']} ({facts['method']}), {facts['dtype']} on {facts['device']}, backend {backends}",
-        f"data    {facts['data']}{split}: {facts['users']} users{skipped}",
+        f"data    {facts['data']}{split}: {facts['users']:,} users{skipped}, "
+        f"{facts['items']:,} items (the model's catalogue: {facts['catalogue_items']:,})",
         *(f"        {note}" for note in facts["notes"]),
         f"        sampling: {f'{given}, else ' if given else ''}the model's own settings ({facts['own_sampler']})",
         *(f"        {line}" for line in facts["policy"]),

@@ -11,7 +11,7 @@ row of an item is `config.first_item_row + number`. The items of held-out places
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +42,22 @@ _FEWEST = 3
 
 
 @dataclass(frozen=True)
+class Source:
+    """The file that data are from, and how it was read: the arguments of `read`."""
+
+    path: str
+    split: str = "leave-one-out"
+    text_ids: bool = False
+    min_items: int = 1
+    min_interactions: int = 1
+    until_stable: bool = False
+
+    def read(self) -> TrainingData:
+        id_type: IdType = str if self.text_ids else int
+        return read(self.path, self.split, id_type, self.min_items, self.min_interactions, self.until_stable)
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """What a recipe learns from, and what it is measured on.
 
@@ -52,6 +68,7 @@ class TrainingData:
     notes       what a reader of the results should know, as sentences
     split       how the three were told apart
     statistics  of the whole data, held-out items included
+    source      the arguments of `read`, path in full; None where the data are from elsewhere
     """
 
     item_ids: Sequence[ItemId]
@@ -61,6 +78,7 @@ class TrainingData:
     notes: Sequence[str] = ()
     split: str = ""
     statistics: Statistics | None = None
+    source: Source | None = None
 
     @property
     def n_items(self) -> int:
@@ -123,9 +141,11 @@ def read(
         )
     notes = [*file.notes, *_note_on_left_out([user for user, _ in timed], kept, min_items, min_interactions)]
     chosen = [_chosen(user, times, places) for (user, times), places in zip(timed, kept, strict=True) if places]
-    if split == "chronological":
-        return chronological(chosen, notes)
-    return leave_one_out([user for user, _ in chosen], notes)
+    data = (
+        chronological(chosen, notes) if split == "chronological" else leave_one_out([user for user, _ in chosen], notes)
+    )
+    full = str(Path(path).resolve())
+    return replace(data, source=Source(full, split, id_type is str, min_items, min_interactions, until_stable))
 
 
 def thin(

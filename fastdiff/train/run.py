@@ -65,6 +65,7 @@ def train(
     device     "cpu", "cuda", "cuda:N"
     precision  "float32"; "bfloat16" runs the losses under autocast, weights and optimizer stay float32
     resume     go on with the run in `folder`, which must be of the same method, settings, data and seed
+               (`RunFolder.record` has them)
     minutes    stop after so long with `Interrupted`; the state is saved
     all_steps  the model's default sampler is the paper's; False: the one of fewest steps that costs nothing on the
                validation users (`fastdiff.train.steps`), which is what result.json's figures are of
@@ -84,6 +85,7 @@ def train(
         "seed": seed,
         "precision": precision,
         "device": place.type,
+        "all_steps": all_steps,
         "data": data_digest(data),
         **{f"settings.{name}": value for name, value in json.loads(json.dumps(dataclasses.asdict(settings))).items()},
     }
@@ -93,7 +95,7 @@ def train(
     check_stages(recipe.stages())
     if resume and not run.exists():
         say(f"there is no run in {folder} to go on with: a new one begins")
-    state = run.open(record, resume)
+    state = run.open(record, None if data.source is None else dataclasses.asdict(data.source), resume)
     trainer = Trainer(recipe, run, seed, precision, minutes, show_progress, say)
     trainer.run(state)
     return _finish(recipe, trainer, run, seed, all_steps)

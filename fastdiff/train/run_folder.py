@@ -1,6 +1,7 @@
 """The folder of a training run, and the state from which it goes on after a kill at any moment.
 
 run.json      what the run is made from: method, settings, data, seed; a run is resumed only under the same
+data.json     where the data were read, and how (`fastdiff.train.data.Source`), so that a resumed run finds them again
 state.pt      everything that the next batch depends on; replaced as a whole (written beside it, then renamed)
 log.csv       stage,epoch,step,seconds,name,value: losses, learning rates, speed, metrics of the validations
 steps.csv     scheduler,num_steps,name,value: accuracy and time by number of sampling steps, at the end
@@ -24,6 +25,7 @@ from fastdiff.checkpoint import RUN_FILE
 from fastdiff.errors import DataError, InvalidArgument
 
 STATE_FILE, LOG_FILE, STEPS_FILE, RESULT_FILE = "state.pt", "log.csv", "steps.csv", "result.json"
+SOURCE_FILE = "data.json"
 LOG_COLUMNS = ("stage", "epoch", "step", "seconds", "name", "value")
 STEPS_COLUMNS = ("scheduler", "num_steps", "name", "value")
 
@@ -51,15 +53,27 @@ class RunFolder:
                 f"--output: {self.path} holds a training run; give --resume to go on with it, or another folder"
             )
 
-    def open(self, record: dict[str, Any], resume: bool) -> State | None:
+    def record(self) -> dict[str, Any]:
+        """What the run that is here is made from."""
+        return _read_json(self.path / RUN_FILE)
+
+    def source(self) -> dict[str, Any] | None:
+        """Where its data were read; None where they are from no file."""
+        path = self.path / SOURCE_FILE
+        return _read_json(path) if path.exists() else None
+
+    def open(self, record: dict[str, Any], source: dict[str, Any] | None, resume: bool) -> State | None:
         """Begin a run (None), or its state where one is resumed."""
         self.check(resume)
         if not self.exists():
             self.path.mkdir(parents=True, exist_ok=True)
+            if source is not None:
+                self.write_json(SOURCE_FILE, source)
             self.write_json(RUN_FILE, record)
             return None
-        before = _read_json(self.path / RUN_FILE)
+        before = self.record()
         names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
+        names = ["method"] if "method" in names else names  # of which all settings follow
         if names:
             told = "; ".join(
                 "the data are others (users, items, their order or the split)"
@@ -68,8 +82,8 @@ class RunFolder:
                 for name in names
             )
             raise InvalidArgument(
-                f"--resume: {self.path} was made otherwise: {told}; give the options (--preset, --settings, --set, ..) "
-                "that it was begun with, or another folder"
+                f"--resume: {self.path} was made otherwise: {told}; leave these options out, for the "
+                "run remembers its own, or give another folder"
             )
         return self.load_state()
 

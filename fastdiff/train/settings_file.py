@@ -35,14 +35,16 @@ def load_settings(
     preset: str | None = None,
     file: str | Path | None = None,
     values: Mapping[str, Any] | None = None,
+    begun: Mapping[str, Any] | None = None,
 ) -> Settings:
     """The settings of a run; each source overrides those before it.
 
+    begun   those of the run that is resumed
     preset  a name in the method's shipped file
     file    a YAML file of fields
     values  single fields; text is read as YAML reads it
     """
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = _checked(kind, begun or {}, "--resume")
     if preset is not None:
         known = presets(method)
         if preset not in known:

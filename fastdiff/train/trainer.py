@@ -288,7 +288,7 @@ class Trainer:
         if self._asked_to_stop or now > self._deadline:
             self._save()
             why = "interrupted" if self._asked_to_stop else "the time given is up"
-            raise Interrupted(f"train: {why}; {self.folder.path} holds the run so far: give --resume to go on")
+            raise Interrupted(f"train: {why}; {self.folder.path} holds the run so far: --resume goes on with it")
         if now - self._last_save > SAVE_SECONDS:
             self._save()
 
@@ -342,7 +342,7 @@ def _line(stage: Stage, progress: Progress, rows: dict[str, float], better: bool
     metrics = "  ".join(f"{name} {100 * rows[name]:5.2f} %" for name in ("HR@20", "NDCG@20") if name in rows)
     mark = "best" if better else f"best was epoch {progress.best_epoch}"
     return (
-        f"{stage.name:<10} epoch {progress.epoch:>4}  loss {rows['loss']:8.4f}  {metrics}  "
+        f"{stage.name:<10} epoch {f'{progress.epoch}/{stage.epochs}':>7}  loss {rows['loss']:8.4f}  {metrics}  "
         f"{rows['examples_per_second']:8,.0f} examples/s  {_duration(progress.seconds)}  {mark}"
     )
 

@@ -17,6 +17,8 @@ import torch
 import fastdiff
 from fastdiff import cli
 from fastdiff.train import run as runs
+from fastdiff.train.data import leave_one_out
+from fastdiff.train.trainer import Interrupted
 from tests.train.tiny import Tiny, walks
 
 SMALL = ["--set", "hidden_size=16", "--set", "epochs=2", "--no-progress", "--threads", "1"]
@@ -48,7 +50,7 @@ def test_what_a_run_says_and_writes(sequences: Path, tmp_path: Path, capsys: pyt
     assert cli.main(command) == 0
     out, err = capsys.readouterr()
     assert "40 users" in err
-    assert "epoch    3" in err
+    assert "epoch     3/3  loss" in err
     result = json.loads((folder / "result.json").read_text())
     assert f"{100 * result['test']['HR@20']:.2f}" in out
     with (folder / "log.csv").open() as file:
@@ -68,7 +70,7 @@ def test_a_run_out_of_time_says_how_to_go_on(
 ) -> None:
     command = ["train", "tiny", str(sequences), "--output", str(tmp_path / "run"), "--no-progress"]
     assert cli.main([*command, "--minutes", "0"]) == 130
-    assert "give --resume to go on" in capsys.readouterr().err
+    assert "--resume goes on with it" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result.json").exists()
     assert cli.main([*command, "--resume"]) == 0
 
@@ -97,10 +99,54 @@ def test_the_output_is_refused_before_the_data_are_read(tmp_path: Path, capsys: 
     assert "no-such-file" not in error
 
 
-def test_data_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["sasrec", "walks.txt"], "--output is needed"),
+        (["sasrec", "--output", "no-such-run"], "DATA is needed"),
+        (["--output", "no-such-run", "--resume"], "METHOD is needed: adrec, tarec, dreamrec"),
+    ],
+)
+def test_what_is_needed(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["train", "sasrec"])
-    assert "DATA and --output are needed" in capsys.readouterr().err
+        cli.main(["train", *options])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_remembers_what_it_was_begun_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"u{user.user} {' '.join(f'i{item}' for item in user.items)}\n" for user in walks()]
+    (tmp_path / "walks.txt").write_text("".join([*lines, "short i1 i2\n"]))
+    monkeypatch.chdir(tmp_path)
+    begun = ["tiny", "walks.txt", "--text-ids", "--min-items", "3", "--set", "epochs=2", "--seed", "7", "--all-steps"]
+    quiet = ["--no-progress", "--threads", "1"]
+    assert cli.main(["train", *begun, *quiet, "--output", "unbroken"]) == 0
+    assert cli.main(["train", *begun, *quiet, "--output", "run", "--minutes", "0"]) == 130
+    monkeypatch.chdir(tmp_path / "run")
+    resume = ["train", "--resume", "--output", str(tmp_path / "run"), *quiet]
+    capsys.readouterr()
+    assert cli.main([*resume, "tiny", "--set", "epochs=3", "--seed", "8"]) == 2
+    assert "was made otherwise: seed was 7, now 8; settings.epochs was 2, now 3; leave" in capsys.readouterr().err
+    assert cli.main([*resume, "sasrec"]) == 2
+    assert "method was" in capsys.readouterr().err
+    assert cli.main(resume) == 0
+    assert f"settings: those that {tmp_path / 'run'} was begun with" in capsys.readouterr().err
+    one, two = (torch.load(tmp_path / run / "state.pt", weights_only=True)["recipe"] for run in ("run", "unbroken"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    records = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("run", "unbroken")]
+    assert records[0] == records[1]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_run_on_data_from_no_file_asks_for_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Interrupted):
+        runs.train("tiny", leave_one_out(walks()), tmp_path / "run", minutes=0, show_progress=False)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", "--output", str(tmp_path / "run")])
+    assert "run does not say where its data were read" in capsys.readouterr().err
 
 
 def test_the_result_is_a_model_folder(sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
