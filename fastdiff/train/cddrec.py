@@ -389,7 +389,7 @@ class CDDRecNetwork(nn.Module):
             at_slot_user = at_user_slot.T[slots]  # rows in the order of the slots
             mask = torch.where(slots[:, None, None, :], 0.0, MASKED).to(c.dtype)
             by_slot = self._attention(F.linear(c[at_slot_user], weight, bias), slots, mask)
-            mixed = torch.empty_like(c).index_copy(0, at_slot_user, by_slot)
+            mixed = torch.empty_like(by_slot).index_copy(0, at_slot_user, by_slot)
         else:
             mixed = F.linear(c, weight[2 * dim :], bias[2 * dim :])
         norm: Tensor = self.decoder.norm1(c + self._drop(attention.out_proj(mixed)))

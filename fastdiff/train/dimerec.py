@@ -209,7 +209,7 @@ class DimeRecNetwork(nn.Module):
         places = torch.arange(n, device=embedded.device)
         user, place = torch.nonzero(places < lengths[:, None], as_tuple=True)
         given = self.interest(embedded[user, place] + self.position_embeddings.weight[place])
-        logits = embedded.new_zeros(users, n, self.config.n_interests).index_put((user, place), given)
+        logits = given.new_zeros(users, n, self.config.n_interests).index_put((user, place), given)
 
         in_prefix = places < places[:, None] + 1  # [n, n]: the first 1, 2, .. n places
         logits = logits.transpose(1, 2)[:, None]  # [B, 1, K, n]
