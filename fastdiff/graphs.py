@@ -6,7 +6,8 @@ same bits as the call that it stands for, which runs on the same padded tensors 
 A graph is captured when its key comes a second time, so that odd sizes cost nothing: the key is the bucket, the plan,
 the numbers of the call (top_k, guidance_scale, num_samples, aggregation), and whether seen items are filtered. The
 capturing call waits for the device, and other calls that could be replayed wait for it; no other call does. But CUDA
-fails a capture during which another thread waits for the whole device (`torch.cuda.synchronize`), not for a stream.
+fails a capture during which another thread waits for the whole device (`torch.cuda.synchronize`), not for a stream;
+with PyTorch 2.11, the process can capture no more then (https://github.com/pytorch/pytorch/pull/180395).
 
 Memory. All graphs of an engine share one input buffer and one pool, so only one runs at a time, whatever the streams:
 each replay waits, on the device, for the one before. They are dropped together: where the catalogue changes, so that no

@@ -94,7 +94,8 @@ class CudaRecorder:
             # outside of the pool
             with torch.cuda.stream(self._stream):
                 run()
-            with capture:
+            # PyTorch leaves a capture that fails on its stream
+            with torch.cuda.stream(torch.cuda.current_stream(self._device)), capture:
                 ranked = run()
         return CudaRecording(graph, ranked)
 

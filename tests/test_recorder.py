@@ -61,13 +61,13 @@ class Device:
         return graph
 
     def stream(self, stream: Any) -> Any:
-        return On(self, stream.name, "")
+        return On(self, stream.name)
 
     def graph(self, *args: Any, **kwargs: Any) -> Any:
         asked = inspect.signature(REAL["graph"]).bind(*args, **kwargs).arguments
         assert asked["pool"] == self.pool
         assert asked["capture_error_mode"] == "thread_local"
-        return On(self, asked["stream"].name, "capture")
+        return Capture(self, asked["stream"].name)
 
 
 class Stream:
@@ -79,18 +79,26 @@ class Stream:
 
 
 class On:
-    def __init__(self, device: Device, name: str, what: str) -> None:
-        self.device, self.name, self.what = device, name, what
+    def __init__(self, device: Device, name: str) -> None:
+        self.device, self.name = device, name
 
     def __enter__(self) -> None:
         self.before, self.device.current = self.device.current, self.name
-        if self.what:
-            self.device.told.append(f"{self.what} on {self.name}")
 
     def __exit__(self, *error: object) -> None:
-        if self.what:
-            self.device.told.append(f"end of {self.what}")
         self.device.current = self.before
+
+
+class Capture(On):
+    def __enter__(self) -> None:
+        super().__enter__()
+        self.device.told.append(f"capture on {self.name}")
+
+    def __exit__(self, *error: object) -> None:
+        self.device.told.append("end of capture")
+        if error[0] is not None:  # so does torch.cuda.graph, which is left on its stream by that
+            raise RuntimeError("operation failed due to a previous error during capture")
+        super().__exit__(*error)
 
 
 def test_what_is_told_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +136,23 @@ def test_what_is_told_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.pool == (0, 8)
     with recorder.turn(marked):
         recorder.record(run)
+
+
+def test_a_capture_that_fails_leaves_the_callers_stream_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr("fastdiff.recorder.torch.cuda", device)
+    buffer = torch.zeros(3)
+
+    def run() -> Ranked:
+        if device.told[-1] == "capture on capturing":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Ranked(buffer, TopK(buffer, buffer))
+
+    recorder = CudaRecorder(GPU)
+    with recorder.turn(mock.create_autospec(Tensor, instance=True)), pytest.raises(RuntimeError, match="previous error"):
+        recorder.record(run)
+    assert device.current == "caller"
+    assert device.told[-1] == "record on caller"
 
 
 def test_no_two_capture_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
