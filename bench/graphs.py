@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,17 @@ WARM_UPS = 3
 """Runs before a capture, in which libraries choose their kernels and take their workspaces."""
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Raises where the host would wait for the device, which no capture survives; nor does the process, which with
+    PyTorch 2.11 can capture no more after one that failed (https://github.com/pytorch/pytorch/pull/180395)."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class Replayed:
     """A function of tensors as a CUDA graph: a call copies its inputs to where the graph reads them, and replays it.
     What it returns is overwritten by the next call."""
@@ -29,6 +41,8 @@ class Replayed:
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(WARM_UPS):
+                function(*self._inputs)
+            with waiting_is_an_error():
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(beside)
         self._graph = torch.cuda.CUDAGraph()

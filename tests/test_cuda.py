@@ -7,14 +7,13 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from bench.graphs import waiting_is_an_error
 from bench.weights import random_weights
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import default_generation_config
@@ -40,15 +39,6 @@ def cuda_engine(
         }
     checkpoint = Checkpoint(config, default_generation_config(config, 1.0), weights, item_ids)
     return Engine.from_checkpoint(checkpoint, device="cuda", backend="triton", cuda_graphs=cuda_graphs)
-
-
-@contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -149,7 +149,10 @@ def test_a_capture_that_fails_leaves_the_callers_stream_current(monkeypatch: pyt
         return Ranked(buffer, TopK(buffer, buffer))
 
     recorder = CudaRecorder(GPU)
-    with recorder.turn(mock.create_autospec(Tensor, instance=True)), pytest.raises(RuntimeError, match="previous error"):
+    with (
+        recorder.turn(mock.create_autospec(Tensor, instance=True)),
+        pytest.raises(RuntimeError, match="previous error"),
+    ):
         recorder.record(run)
     assert device.current == "caller"
     assert device.told[-1] == "record on caller"

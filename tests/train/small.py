@@ -44,5 +44,7 @@ def small_settings(method: str, changes: dict[str, Any]) -> Settings:
     return recipe_class(method).Settings(**(_SIZES[method] | changes))
 
 
-def variant_name(variant: Any) -> str | None:
-    return ",".join(f"{name}={value}" for name, value in variant.items()) or "as_is" if isinstance(variant, dict) else None
+def variant_name(changes: object) -> str | None:
+    if not isinstance(changes, dict):
+        return None
+    return ",".join(f"{name}={value}" for name, value in changes.items()) or "as_is"

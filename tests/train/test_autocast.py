@@ -17,8 +17,8 @@ from tests.train.tiny import tiny_data
 
 
 class CudaAutocast(TorchFunctionMode):
-    """`torch.autocast("cuda", torch.bfloat16)` for tensors of the CPU, of the operations that recipes use. Lists: torch's
-    "CUDA Ops that can autocast"; of those that promote, index_put and scatter_add take operands of two dtypes."""
+    """`torch.autocast("cuda", torch.bfloat16)` for tensors of the CPU, of the operations that recipes use. The lists
+    are those of torch's "CUDA Ops that can autocast"; of the indexed writes, only index_put and scatter_add promote."""
 
     NARROW = frozenset(
         ("linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "scaled_dot_product_attention")
