@@ -31,7 +31,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,10 @@ ENDED = ("ok", "failed", "too long", "absent")
 
 @dataclass(frozen=True)
 class Job:
-    """One process: `python` with these arguments, or another program, for at most `seconds`."""
+    """One process: `python` with these arguments, or another program, for at most `seconds`.
+
+    absent  why it cannot run on this machine        needs  the job without whose success it is absent
+    """
 
     part: str
     name: str
@@ -66,6 +69,7 @@ class Job:
     program: list[str] = field(default_factory=lambda: [sys.executable])
     environment: dict[str, str] = field(default_factory=dict)
     absent: str | None = None
+    needs: str | None = None
 
     @property
     def id(self) -> str:
@@ -136,12 +140,16 @@ def _sanitizer() -> list[Job]:
     absent = None if tool else "compute-sanitizer is not on this machine (it comes with the CUDA toolkit)"
     # each tensor in an allocation of its own: a read beyond it is one beyond the memory of the process
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    found = []
+    # some machines have the tool and refuse it the GPU
+    program = [tool or SANITIZER[0], "--error-exitcode=9", sys.executable]
+    code = "import torch; torch.zeros(9, device='cuda').sum().item()"
+    works = Job("sanitizer", "works", 90, ["-c", code], program, environment, absent)
+    found = [works]
     for check in ("memcheck", "racecheck"):
         program = [tool or SANITIZER[0], f"--tool={check}", "--error-exitcode=9", "--print-limit=20", sys.executable]
         for name, (path, which) in SANITIZED.items():
             arguments = ["-m", "pytest", "-v", "-rf", "--tb=short", "-p", "no:cacheprovider", path, "-k", which]
-            found.append(Job("sanitizer", f"{check}-{name}", 150, arguments, program, environment, absent))
+            found.append(Job("sanitizer", f"{check}-{name}", 150, arguments, program, environment, absent, works.id))
     return found
 
 
@@ -324,13 +332,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = machine.facts(torch.device("cuda"))
     print(machine.describe(facts), flush=True)
     ran = []
+    statuses = {name: row["status"] for name, row in ended(output).items()}
     for job in left:
         seconds = deadline - time.monotonic()
         if seconds < LEAST_SECONDS:
             break
+        if job.absent is None and job.needs is not None and statuses.get(job.needs, "ok") != "ok":
+            job = replace(job, absent=f"{job.needs}: {statuses[job.needs]}")
         print(f"{job.id} ...", flush=True)
         row = run(job, output, seconds, facts)
         ran.append(row)
+        statuses[job.id] = row["status"]
         write_summary(output)
         print(f"{job.id}: {row['status']} in {row['seconds']:.0f} s", flush=True)
         for line in (row["failed_tests"] or row["end"]) if row["status"] != "ok" else []:

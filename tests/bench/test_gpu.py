@@ -72,6 +72,21 @@ def test_jobs_run_once_and_leave_rows_logs_and_a_summary(tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("with_a_gpu")
+def test_what_needs_a_job_that_failed_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = say("sanitizer", "works", "raise SystemExit(1)")
+    play(monkeypatch, tool, say("sanitizer", "all", "", needs=tool.id), say("tests", "b", "", needs="build/ops"))
+    for command in ([], ["--again", "--job", "sanitizer/all", "tests/b"]):
+        gpu.main(["--output", str(tmp_path), *command])
+        rows = {row["job"]: row for row in rows_of(tmp_path)}
+        assert {job: row["status"] for job, row in rows.items()} == {
+            "sanitizer/works": "failed",
+            "sanitizer/all": "absent",
+            "tests/b": "ok",
+        }
+        assert rows["sanitizer/all"]["why"] == "sanitizer/works: failed"
+
+
+@pytest.mark.usefixtures("with_a_gpu")
 def test_a_job_ends_at_its_limit_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beat = tmp_path / "beat"
     child = f"import time\nwhile True: open({str(beat)!r}, 'a').write('x'); time.sleep(0.02)"
