@@ -219,7 +219,7 @@ def _exact_part(
             tl.store(p_found + i_query * found_width + place + o_key, b_key, mask=o_key < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "k", "open_width", "sift_width", "key_width", "found_width"])
 def _exact_kernel(
     p_query,
     p_items,
@@ -329,7 +329,7 @@ def _exact_kernel(
 # --- the order --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "found_width"])
 def _order_kernel(
     p_found, p_n_found, p_state, p_out_rows, p_out_scores, k, found_width, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr
 ):

@@ -48,7 +48,7 @@ def cut(p_keys, n, k, BLOCK: tl.constexpr):
     return floor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "n_programs", "slots", "gather_width", "open_width"])
 def _raise_kernel(
     p_entries,
     p_counts,

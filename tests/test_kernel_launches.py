@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,6 +105,43 @@ def test_top_k_of_the_largest_tables_is_launched_in_grids_and_numbers_that_fit(
         assert all(1 <= n <= most for n, most in zip(grid, MOST_ALONG, strict=False)), (kernel, grid)
         numbers = {name: value for name, value in given.items() if isinstance(value, int)}
         assert all(abs(value) < 2**31 for value in numbers.values()), (kernel, numbers)
+
+
+def test_histories_of_other_lengths_compile_no_selection_anew(
+    launches: list[tuple[str, tuple[int, ...], dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that follow from how many rows users have seen are not made part of a kernel: each would cost seconds."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from fastdiff.kernels import score_topk, score_topk_exact, score_topk_select
+    from fastdiff.ops.topk_scan import ScanTable
+    from fastdiff.ops.user_lists import UserLists
+
+    monkeypatch.setattr(score_topk, "_processors", lambda device: 132)
+    target = make_backend(GPUTarget("cuda", 90, 32))
+    watched = (score_topk_exact._exact_kernel, score_topk_exact._order_kernel, score_topk_select._raise_kernel)
+    binders = {
+        kernel.fn.__name__: create_function_from_signature(kernel.signature, kernel.params, target)
+        for kernel in watched
+    }
+    items = torch.empty(100_000, 64, device=META)
+    scan = ScanTable(torch.float32, (items,), torch.empty(-(-len(items) // 64), 4, device=META), *items.shape)
+    compiled = set()
+    for batch in (40, 64, 300):
+        for k in (10, 16, 100):
+            for each in (1, 5, 16, 48, 51):
+                total = torch.empty(batch * each, dtype=torch.int64, device=META)
+                seen = UserLists.trusted(total, torch.empty(batch + 1, dtype=torch.int64, device=META))
+                score_topk.score_topk(torch.empty(batch, 64, device=META), items, k, None, seen, None, scan)
+                for name, _, given in launches:
+                    if name in binders:
+                        compiled.add((name, str(binders[name](**given)[1])))
+                launches.clear()
+    by_kernel = Counter(name for name, _ in compiled)
+    # the floor is raised after a sample and after the table, in both scans; rows are those kept, or the whole table's
+    assert by_kernel == {"_raise_kernel": 4, "_exact_kernel": 2, "_order_kernel": 1}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
