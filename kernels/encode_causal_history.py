@@ -36,7 +36,7 @@ from fastdiff.ops.causal_transformer import BlockWeights, Pads
 from fastdiff.per_object import packed
 
 
-@triton.jit(do_not_specialize=["n_users", "search_step"])
+@triton.jit(do_not_specialize=["items_stride", "n_users", "search_step"])
 def _embed_items_kernel(
     p_items,
     p_table,

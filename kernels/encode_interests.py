@@ -26,7 +26,7 @@ from fastdiff.per_object import packed
 _BLOCK_ROWS = 2048  # numbers that one program copies
 
 
-@triton.jit(do_not_specialize=["n_places", "pad_id"])
+@triton.jit(do_not_specialize=["items_stride", "n_places", "pad_id"])
 def _interests_kernel(
     p_items,
     p_lengths,
@@ -98,7 +98,7 @@ def _interests_kernel(
     tl.store(p_out, b_g.to(p_g.dtype.element_ty), mask=(o_interest < N_INTERESTS)[:, None] & m_dim)
 
 
-@triton.jit(do_not_specialize=["n_rows", "pad_id"])
+@triton.jit(do_not_specialize=["items_stride", "n_rows", "pad_id"])
 def _last_items_kernel(
     p_items,
     p_lengths,

@@ -38,7 +38,7 @@ _ROWS = 1024  # numbers of rows that a program norms
 _PLACES = 2048  # numbers of a history that a program reads at once
 
 
-@triton.jit(do_not_specialize=["n_users", "pad_id"])
+@triton.jit(do_not_specialize=["items_stride", "n_users", "pad_id"])
 def _query_kernel(
     p_items,
     p_lengths,
@@ -67,7 +67,7 @@ def _query_kernel(
     _store_twice(b_query, p_query, p_query_in, o_user[:, None] * DIM + o_dim[None, :], m_user[:, None] & m_dim)
 
 
-@triton.jit(do_not_specialize=["pad_id"])
+@triton.jit(do_not_specialize=["items_stride", "pad_id"])
 def _attend_kernel(
     p_items,
     p_lengths,
@@ -136,7 +136,7 @@ def _residual_kernel(
     _store_twice(b_z, p_z, p_z_in, o_row, m_row)
 
 
-@triton.jit(do_not_specialize=["n_users", "pad_id"])
+@triton.jit(do_not_specialize=["items_stride", "n_users", "pad_id"])
 def _finish_kernel(
     p_items,
     p_lengths,

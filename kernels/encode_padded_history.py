@@ -107,7 +107,7 @@ def _embedded(
     return layer_norm(b_x, p_norm, p_norm + BLOCK_D, eps, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_rows", "pad_id"])
+@triton.jit(do_not_specialize=["items_row_stride", "n_rows", "width", "pad_id"])
 def _embed_kernel(
     p_items,
     p_lengths,
@@ -153,7 +153,7 @@ def _embed_kernel(
     tl.store(p_narrow + o_out, b_x.to(p_narrow.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["pad_id"])
+@triton.jit(do_not_specialize=["items_row_stride", "width", "pad_id"])
 def _attend_kernel(
     p_items,
     p_lengths,

@@ -36,7 +36,7 @@ def _slots_kernel(p_lengths, p_slots, p_log_pads, p_empty, window, n_users, BLOC
     tl.store(p_empty + o_user, (b_length == 0).to(tl.uint8), mask=m_user)
 
 
-@triton.jit(do_not_specialize=["n_users", "search_step", "n_slots"])
+@triton.jit(do_not_specialize=["items_stride", "n_users", "search_step", "n_slots"])
 def _embed_targets_kernel(
     p_condition,
     p_items,

@@ -109,8 +109,8 @@ def same(found: Any, truth: Any) -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were launched, each with tensors of the device alone."""
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, arguments) of the launches, which are given tensors of the device alone."""
     if why_not("triton", "cuda") is not None:
         pytest.skip(str(why_not("triton", "cuda")))
     from triton.runtime.jit import JITFunction
@@ -119,20 +119,20 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     if runtime.INTERPRETED:
         pytest.skip("kernels are interpreted in this process")
-    seen: list[str] = []
+    seen: list[tuple[Any, dict[str, Any]]] = []
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         given = inspect.signature(kernel.fn).bind_partial(*arguments).arguments | keywords
         here = [name for name, value in given.items() if isinstance(value, Tensor) and not isinstance(value, OnGpu)]
         assert here == [], kernel.fn.__name__
-        seen.append(kernel.fn.__name__)
+        seen.append((kernel, given))
 
     monkeypatch.setattr(JITFunction, "run", run)
     return seen
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_call_of_kernels_waits_for_nothing(method: str, launches: list[str]) -> None:
+def test_a_call_of_kernels_waits_for_nothing(method: str, launches: list[Any]) -> None:
     with PlayedGpu():
         engine = Engine.from_checkpoint(checkpoint(method), device="cuda", backend="triton")
         for histories in (HISTORIES, torch.tensor(PADDED, device=GPU)):
@@ -144,7 +144,33 @@ def test_a_call_of_kernels_waits_for_nothing(method: str, launches: list[str]) -
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_call_can_be_captured(method: str, launches: list[str]) -> None:
+def test_histories_of_other_widths_compile_nothing_anew(method: str, launches: list[Any]) -> None:
+    """But for blocks of other sizes: no number that follows from a batch's users or widths is made part of a kernel."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = make_backend(GPUTarget("cuda", 90, 32))
+    config = small_config(method, max_seq_len=40)
+    weights = random_weights(config, 0)
+    with PlayedGpu():
+        made = Checkpoint(config, default_generation_config(config), weights)
+        engine = Engine.from_checkpoint(made, device="cuda", backend="triton")
+        for width in (1, 5, 16):
+            for n_users in (1, 5, 16):
+                engine.generate([[7] * width] * n_users, top_k=7)
+    found: dict[tuple[str, str], set[Any]] = {}
+    for kernel, given in launches:
+        bind = create_function_from_signature(kernel.signature, kernel.params, target)
+        for parameter, made_of in zip(kernel.params, bind(**given)[1], strict=True):
+            if isinstance(given[parameter.name], int) and not parameter.is_constexpr:
+                found.setdefault((kernel.fn.__name__, parameter.name), set()).add(str(made_of))
+    assert found
+    assert [name for name, kinds in found.items() if len(kinds) > 1] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_call_can_be_captured(method: str, launches: list[Any]) -> None:
     asked = [arguments for arguments in ARGUMENTS if not any("items" in name for name in arguments)]
     with PlayedGpu():
         engine = Engine.from_checkpoint(checkpoint(method), device="cuda", backend="triton", cuda_graphs=True)
