@@ -262,7 +262,7 @@ class Engine:
         watch.lap("rank" if inputs is None else "graph")
         pending = None
         if not self._on_cpu:
-            pending = Pending([*parsed.checks, partial(check_finite, query)], catalog.external)
+            pending = Pending([*parsed.checks, partial(check_finite, query)], catalog.external, pipeline)
         return GenerateOutput(item_ids, top, embeddings, used_seed, watch, pending)
 
     def generate_batches(

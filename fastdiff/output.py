@@ -21,10 +21,12 @@ class Pending:
 
     checks    raise where the call turns out to have been given, or to have made, something wrong
     external  the item ids of the rows
+    reads     what the device may be reading until then: were it let go, tensors of other streams could take its memory
     """
 
     checks: list[Callable[[], None]]
     external: Callable[[Tensor], Tensor | IdArray]
+    reads: object = None
 
 
 class GenerateOutput:

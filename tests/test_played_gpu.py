@@ -3,7 +3,9 @@ it is used, and nothing waits that must not. What kernels compute there is not p
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from bench import graphs
 from bench.graphs import waiting_is_an_error
 from bench.weights import random_weights
+from fastdiff.arguments import SamplerRequest
 from fastdiff.checkpoint import Checkpoint
 from fastdiff.config import default_generation_config
 from fastdiff.engine import Engine
@@ -100,6 +103,26 @@ def test_an_engine_there_answers_as_one_here(method: str) -> None:
         for change in changes:
             there.catalog = change(there.catalog)
         same(there.generate([[1000, IDS[4]], [IDS[9]]], seed=3), later)
+
+
+def test_what_a_call_reads_lives_until_its_output_is_looked_at() -> None:
+    """Its kernels may run long after the catalogue was replaced, on another stream than that of what comes next."""
+    with PlayedGpu():
+        engine = Engine.from_checkpoint(checkpoint("dreamrec"), device="cuda", dtype=torch.bfloat16, backend="torch")
+        output = engine.generate(HISTORIES)
+        kept = engine._history_table
+        assert kept is not None
+        table, plan = weakref.ref(kept[1]), weakref.ref(engine._sampler(SamplerRequest(), engine.generation_config)[0])
+        del kept
+        engine.catalog = engine.catalog.remove(IDS[:1])
+        engine._default_sampler = None
+        engine._make_plan.cache_clear()
+        gc.collect()
+        assert table() is not None
+        assert plan() is not None
+        output.scores  # noqa: B018
+        gc.collect()
+        assert table() is plan() is None
 
 
 def same(found: Any, truth: Any) -> None:
