@@ -108,6 +108,8 @@ def test_a_call_runs_on_the_stream_that_is_current(method: str) -> None:
     engine = cuda_engine(method)
     expected = engine.generate(HISTORIES, top_k=7, seed=3).item_ids
     stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        engine.generate(HISTORIES, top_k=7, seed=3)  # takes its memory, which may last longer than the sleep below
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
