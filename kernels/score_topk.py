@@ -34,7 +34,7 @@ from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import INTERPRETED, next_power_of_2
 from fastdiff.kernels.score_topk_cases import REGISTERS, all_cases
 from fastdiff.kernels.score_topk_exact import _exact_kernel, _order_kernel
-from fastdiff.kernels.score_topk_plan import Plan, Sweep, plan, scan_candidates
+from fastdiff.kernels.score_topk_plan import Plan, Sweep, plan, raise_blocks, scan_candidates
 from fastdiff.kernels.score_topk_queries import FACTORS, NOT_FINITE, _prepare_kernel
 from fastdiff.kernels.score_topk_scan import _rescan_kernel, _scan_kernel
 from fastdiff.kernels.score_topk_select import NO_KEY, _raise_kernel
@@ -107,6 +107,7 @@ class _Call:
     ) -> None:
         self.items, self.plan, self.blocks, self.device = items, sizes, blocks, items.device
         self.scanned = scan is not None
+        self.raising = raise_blocks(min(n_users, sizes.users), _processors(items.device))
         self.sorted_exclude = exclude is not None and exclude.values.numel() > 512 * n_users
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         self.allowed = nothing if allowed is None else allowed.contiguous().view(torch.uint8)
@@ -192,7 +193,7 @@ class _Call:
                     RESCANNED=rescanned,
                     CERTIFIED=self.scan.certified or bool(second),
                     HAS_EXCLUDE=self.flags["HAS_EXCLUDE"],
-                    BLOCK=256 * score_topk_plan.WIDER,
+                    **self.raising.launch(),
                 )
         width = max(n_parts * sizes.keys, sizes.forced[1] * kept if rescanned else 0)
         found = self._empty(n, width, dtype=torch.int64)

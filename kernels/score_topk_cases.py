@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
 from fastdiff.kernels import score_topk_plan
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.score_topk_exact import _exact_kernel, _order_kernel
-from fastdiff.kernels.score_topk_plan import scan_candidates
+from fastdiff.kernels.score_topk_plan import raise_blocks, scan_candidates
 from fastdiff.kernels.score_topk_queries import _prepare_kernel
 from fastdiff.kernels.score_topk_scan import _rescan_kernel, _scan_kernel
 from fastdiff.kernels.score_topk_select import _raise_kernel
@@ -39,9 +40,10 @@ def all_cases() -> Iterator[Case]:
             {"ALL_FORCED": False, "STORED": stored, "BLOCK_D": 128},
             {"num_warps": 1},
         )
-    for last, second in ((False, False), (True, False), (False, True), (True, True)):
+    for last, second, few in product((False, True), repeat=3):
+        blocks = raise_blocks(1 if few else 2048, 132)
         yield Case(
-            f"raise{' second' if second else ''}{' last' if last else ''}",
+            f"raise{' second' if second else ''}{' last' if last else ''} W={blocks.num_warps}",
             _raise_kernel,
             {
                 **dict.fromkeys(("p_entries", "p_exclude_offsets", "p_gathered"), "*i64"),
@@ -56,8 +58,9 @@ def all_cases() -> Iterator[Case]:
                 "RESCANNED": True,
                 "CERTIFIED": True,
                 "HAS_EXCLUDE": True,
-                "BLOCK": 256,
+                **blocks.constants,
             },
+            blocks.options(),
             divisible=("p_entries", "p_gathered", "p_open", "p_factors", "p_bounds", "p_floor"),
         )
     yield Case(

@@ -162,6 +162,15 @@ def _sweep(n_rows: int, rank: int, group: int, rows: int, programs: int, start: 
     )
 
 
+def raise_blocks(n_users: int, processors: int) -> Config:
+    """How a query's floor is raised. Few queries leave most of a device idle, and what counts is how often one that is
+    served waits for memory and for its other warps: so it has many of them, and eight entries or more for each thread.
+    """
+    warps = 16 if n_users <= processors else 4
+    entries = 256 * warps
+    return Config({"BLOCK": entries * WIDER, "BLOCK_P": entries // 16 * WIDER, "BLOCK_S": 16}, num_warps=warps)
+
+
 def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
     """Blocks of the scan, the ones that should serve everywhere first; `tuning.choose` picks one.
 

@@ -7,32 +7,49 @@ import triton.language as tl
 
 from fastdiff.kernels.score_topk_queries import FACTORS, FORCED, LOWEST, OVERFLOWED, from_ordered
 
-NO_KEY = tl.constexpr(-(2**63))
+NO_KEY, LARGEST_KEY = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)
 LOW_WORD = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit
-def _kth_highest(p_keys, n, rank, LAST_SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest number, a multiple of 2^LAST_SHIFT, that at least `rank` of n int64 reach; NO_KEY where n < rank.
+def _kth_highest(p_keys, n, rank, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+    """A number that `rank` of n >= rank keys >> SHIFT reach and, unless some are equal, no others; int32 if SHIFT = 32.
 
-    Sixteen numbers are tried at a time, four bits further down each time."""
-    found = tl.full([], NO_KEY, tl.int64)
-    o_trial, o_block = tl.arange(0, 16).to(tl.int64), tl.arange(0, BLOCK)
-    for i in range(0, (64 - LAST_SHIFT) // 4):
-        b_trial = found + (o_trial << (60 - 4 * i))
-        b_count = tl.zeros([16], tl.int32)
+    Each pass over the keys tries three numbers, which quarters what is left of their range, and the search ends with
+    the first number that just `rank` reach: mostly after half of the bits in which the keys differ."""
+    KEY: tl.constexpr = tl.int32 if SHIFT == 32 else tl.int64
+    o_block, o_two = tl.arange(0, BLOCK), tl.arange(0, 2)
+    b_lowest, b_highest = tl.full([BLOCK], LARGEST_KEY, tl.int64), tl.full([BLOCK], NO_KEY, tl.int64)
+    for at in range(0, n, BLOCK):
+        m_key = at + o_block < n
+        b_key = tl.load(p_keys + at + o_block, mask=m_key, other=NO_KEY)
+        b_lowest = tl.minimum(b_lowest, tl.where(m_key, b_key, LARGEST_KEY))
+        b_highest = tl.maximum(b_highest, b_key)
+    # `reached` keys, at least `rank`, reach `found`; fewer than `rank` reach found + 4 step
+    found, highest = (tl.min(b_lowest, 0) >> SHIFT).to(KEY), (tl.max(b_highest, 0) >> SHIFT).to(KEY)
+    reached, step = tl.full([], n, tl.int32), (highest >> 2) - (found >> 2) + 1
+    while (reached > rank) & (step > 0):
+        first, second, third = found + step, found + step + step, found + step + step + step
+        b_first, b_second = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+        b_third = tl.zeros([BLOCK], tl.int32)
         for at in range(0, n, BLOCK):
-            o_key = at + o_block
-            b_key = tl.load(p_keys + o_key, mask=o_key < n, other=NO_KEY)
-            b_reach = (b_key[:, None] >= b_trial[None, :]) & (o_key < n)[:, None]
-            b_count += tl.sum(b_reach.to(tl.int32), 0)
-        found = tl.max(tl.where(b_count >= rank, b_trial, found), 0)
+            b_key = (tl.load(p_keys + at + o_block, mask=at + o_block < n, other=NO_KEY) >> SHIFT).to(KEY)
+            b_first += (b_key >= first).to(tl.int32)
+            b_second += (b_key >= second).to(tl.int32)
+            b_third += (b_key >= third).to(tl.int32)
+        # summed together, so that warps meet once: [[first, second], [third, none]]
+        b_counts = tl.join(tl.join(b_first, b_third), tl.join(b_second, tl.zeros([BLOCK], tl.int32)))
+        b_counts = tl.sum(b_counts, 0)
+        b_tried = tl.where(o_two == 0, first, third)[:, None] + tl.where(o_two == 0, 0, step)[None, :]
+        found = tl.max(tl.max(tl.where(b_counts >= rank, b_tried, found), 1), 0)
+        reached = tl.min(tl.min(tl.where(b_counts >= rank, b_counts, reached), 1), 0)
+        step = tl.where(step > 1, (step + 3) >> 2, 0)
     return found
 
 
 @triton.jit
 def cut(p_keys, n, k, BLOCK: tl.constexpr):
-    """Leaves the k highest of n different keys, n >= k, in front; returns the lowest of them."""
+    """Leaves the k highest of n different keys, n >= k, in front; returns a number that they reach and no others."""
     tl.debug_barrier()  # what other threads have written is read
     floor = _kth_highest(p_keys, n, k, 0, BLOCK)
     left = 0
@@ -74,6 +91,8 @@ def _raise_kernel(
     CERTIFIED: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     """One program per query: its entries are gathered, and its floor raised to the k-th best of what they surely reach.
 
@@ -94,24 +113,26 @@ def _raise_kernel(
         p_entries += i_query * n_programs * slots
         p_counts += i_query * n_programs
         p_gathered += i_query * gather_width
-        o_block = tl.arange(0, BLOCK)
+        o_block, o_slot = tl.arange(0, BLOCK), tl.arange(0, BLOCK_S)
         n, lost = 0, 0
-        for at in range(0, n_programs * slots, BLOCK):
-            o_entry = at + o_block
-            b_here = tl.load(p_counts + o_entry // slots, mask=o_entry < n_programs * slots, other=0)
-            m_entry = o_entry % slots < b_here
-            b_entry = tl.load(p_entries + o_entry, mask=m_entry, other=0)
-            b_one = m_entry.to(tl.int32)
-            b_place = n + tl.cumsum(b_one, 0) - b_one
-            tl.store(p_gathered + b_place, b_entry, mask=m_entry & (b_place < gather_width))
-            n += tl.sum(b_one, 0)
-            lost += tl.sum((b_here > slots).to(tl.int32), 0)
+        for first in range(0, n_programs, BLOCK_P):
+            o_program = first + tl.arange(0, BLOCK_P)
+            b_kept = tl.load(p_counts + o_program, mask=o_program < n_programs, other=0)
+            b_here = tl.minimum(b_kept, slots)
+            b_place = n + tl.cumsum(b_here, 0) - b_here
+            p_entry, p_place = p_entries + o_program * slots, p_gathered + b_place
+            for at in range(0, tl.max(b_here, 0), BLOCK_S):
+                m_entry = (at + o_slot)[None, :] < b_here[:, None]
+                b_entry = tl.load(p_entry[:, None] + (at + o_slot)[None, :], mask=m_entry, other=0)
+                m_entry = m_entry & (b_place[:, None] + (at + o_slot)[None, :] < gather_width)
+                tl.store(p_place[:, None] + (at + o_slot)[None, :], b_entry, mask=m_entry)
+            n += tl.sum(b_here, 0)
+            lost += tl.sum((b_kept > slots).to(tl.int32), 0)
         tl.debug_barrier()
         reached = tl.minimum(n, gather_width)
-        sure = _kth_highest(p_gathered, reached, rank, 32, BLOCK)
         floor = tl.load(p_floor + i_query)
-        if sure != NO_KEY:
-            floor = tl.maximum(floor, from_ordered((sure >> 32).to(tl.int32)))
+        if reached >= rank:
+            floor = tl.maximum(floor, from_ordered(_kth_highest(p_gathered, reached, rank, 32, BLOCK)))
             tl.store(p_floor + i_query, floor)
         if LAST:
             n_open = 0
