@@ -166,9 +166,9 @@ def raise_blocks(n_users: int, processors: int) -> Config:
     """How a query's floor is raised. Few queries leave most of a device idle, and what counts is how often one that is
     served waits for memory and for its other warps: so it has many of them, and eight entries or more for each thread.
     """
-    warps = 16 if n_users <= processors else 4
-    entries = 256 * warps
-    return Config({"BLOCK": entries * WIDER, "BLOCK_P": entries // 16 * WIDER, "BLOCK_S": 16}, num_warps=warps)
+    warps, programs, slots = (16, 256, 16) if n_users <= processors else (4, 32, 32)
+    blocks = {"BLOCK": 256 * warps * WIDER, "BLOCK_P": programs * WIDER, "BLOCK_S": slots}
+    return Config(blocks, num_warps=warps)
 
 
 def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
