@@ -4,8 +4,9 @@ A row is one pass of one sample; with guidance a sample's two passes are neighbo
 per step. Rows share a step's weights, which every program streams from L2 (2 (4 D^2 + 2 D F) bytes per block in half
 precision); each reads the keys and values of its own user (4 D bytes per slot and block), so attention is no matrix
 product: it is a loop over a few slots of all rows at once, slots first in the blocks so that sums over them stay within
-a thread. x_t, the residual stream, norms, softmax and the update are float32 and never leave the registers: what goes
-to memory in S steps is x_0.
+a thread. Where there are few rows, each stands in a program several times, SHARES: all copies compute the same, but for
+the slots, which they share out, and whose sums they join: 49 slots take one turn of the loop, not 13. x_t, the residual
+stream, norms, softmax and the update are float32 and never leave the registers: what goes to memory in S steps is x_0.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from fastdiff.ops.denoise_attention_loop import CausalPrefix
 from fastdiff.ops.step_noise import step_noise
 
 _ROWS = 16  # of a program: the least that a matrix unit takes
+_PROGRAMS = 64
+"""Programs that weights can be streamed to about as fast as to one (an L2 of 5.5 TB/s, 112 GB/s to a processor); up to
+that many, rows have copies."""
 
 
 @triton.jit(do_not_specialize=["n_rows", "samples", "n_users", "n_slots", "n_steps", "n_blocks"])
@@ -76,6 +80,7 @@ def _denoise_attention_loop_kernel(
     input_scale,
     eps,
     G: tl.constexpr,
+    SHARES: tl.constexpr,
     UNIFORM: tl.constexpr,
     PHILOX: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -92,8 +97,8 @@ def _denoise_attention_loop_kernel(
     BLOCK_P: tl.constexpr,
 ):
     BLOCK_E: tl.constexpr = BLOCK_H * BLOCK_DH
-    o_pass = tl.arange(0, BLOCK_R) % G
-    o_row = tl.program_id(0).to(tl.int64) * (BLOCK_R // G) + tl.arange(0, BLOCK_R) // G
+    o_share, o_pass = tl.arange(0, BLOCK_R) % SHARES, tl.arange(0, BLOCK_R) // SHARES % G
+    o_row = tl.program_id(0).to(tl.int64) * (BLOCK_R // (G * SHARES)) + tl.arange(0, BLOCK_R) // (G * SHARES)
     o_dim = tl.arange(0, BLOCK_D)
     m_row = o_row < n_rows
     mask = m_row[:, None] & (o_dim < D)[None, :]
@@ -101,6 +106,8 @@ def _denoise_attention_loop_kernel(
     b_length = tl.load(p_lengths + o_user, mask=m_row, other=0)
     b_first = tl.load(p_ends + o_user, mask=m_row, other=0) - b_length
     b_log_pads = tl.load(p_log_pads + o_user, mask=m_row, other=0.0).to(tl.float32)
+    if SHARES > 1:
+        b_log_pads = tl.where(o_share == 0, b_log_pads, float("-inf"))
     b_even = m_row
     if UNIFORM:
         b_even = tl.load(p_uniform + o_user, mask=m_row, other=0) != 0
@@ -129,6 +136,8 @@ def _denoise_attention_loop_kernel(
                 b_log_pads,
                 p_keys_values + (i_cache * n_slots + b_first) * (2 * D),
                 b_length,
+                o_share,
+                SHARES,
                 H,
                 DH,
                 BLOCK_P,
@@ -139,8 +148,8 @@ def _denoise_attention_loop_kernel(
             )
         if G == 2:  # u + g (c - u), in both of a sample's rows
             b_share = tl.where(o_pass == 0, guidance_scale, 1.0 - guidance_scale)
-            b_pair = tl.reshape(b_h * b_share[:, None], [BLOCK_R // 2, 2, BLOCK_D])
-            b_both = tl.broadcast_to(tl.sum(b_pair, axis=1)[:, None, :], [BLOCK_R // 2, 2, BLOCK_D])
+            b_pair = tl.reshape(b_h * b_share[:, None], [BLOCK_R // (2 * SHARES), 2, SHARES * BLOCK_D])
+            b_both = tl.broadcast_to(tl.sum(b_pair, axis=1)[:, None, :], b_pair.shape)
             b_h = tl.reshape(b_both, [BLOCK_R, BLOCK_D])
         c_noise = tl.load(p_coef + step * 3 + 2)
         b_x = tl.load(p_coef + step * 3) * b_h + tl.load(p_coef + step * 3 + 1) * b_x
@@ -158,7 +167,7 @@ def _denoise_attention_loop_kernel(
         if NORMALIZE:
             b_x = unit_rows(b_x)
     p_out = p_x_0 + o_row[:, None] * D + o_dim[None, :]
-    tl.store(p_out, b_x.to(p_x_0.dtype.element_ty), mask=mask & (o_pass == 0)[:, None])
+    tl.store(p_out, b_x.to(p_x_0.dtype.element_ty), mask=mask & ((o_pass == 0) & (o_share == 0))[:, None])
 
 
 @triton.jit
@@ -170,6 +179,8 @@ def _attend(
     b_log_pads,
     p_keys_values,
     b_length,
+    o_share,
+    SHARES: tl.constexpr,
     H: tl.constexpr,
     DH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -177,6 +188,7 @@ def _attend(
     """Each row's query over its user's cached keys, the pads' key and its own: all [R, H, D / H] float32.
 
     p_pad [R], p_keys_values [R]: where the pads' key and the first slot's key stand, each row's own
+    o_share [R]: which of its row's slots a copy takes, every SHARES-th; the first one has the pads and its own key too
     """
     BLOCK_H: tl.constexpr = b_query.shape[1]
     BLOCK_DH: tl.constexpr = b_query.shape[2]
@@ -191,13 +203,15 @@ def _attend(
     b_logit = tl.sum(b_query * b_pad_key, axis=2) + b_log_pads[:, None]
     b_highest = tl.maximum(b_most, b_logit)
     b_own, b_pad = tl.exp(b_most - b_highest), tl.exp(b_logit - b_highest)
+    if SHARES > 1:
+        b_own = tl.where((o_share == 0)[:, None], b_own, 0.0)
     b_most, b_weights = b_highest, b_own + b_pad
     b_sum = b_own[:, :, None] * b_value + b_pad[:, :, None] * b_pad_value
 
-    for first in range(0, tl.max(b_length, axis=0), BLOCK_P):
-        o_slot = first + tl.arange(0, BLOCK_P)
-        m_slot = o_slot[:, None] < b_length[None, :]
-        p_slot = p_keys_values[None, :] + o_slot[:, None] * (2 * H * DH)
+    for first in range(0, tl.max(b_length, axis=0), BLOCK_P * SHARES):
+        o_slot = first + tl.arange(0, BLOCK_P)[:, None] * SHARES + o_share[None, :]
+        m_slot = o_slot < b_length[None, :]
+        p_slot = p_keys_values[None, :] + o_slot * (2 * H * DH)
         m_key = m_slot[:, :, None, None] & m_column[None, None, :, :]
         p_key = p_slot[:, :, None, None] + o_column[None, None, :, :]
         b_keys = tl.load(p_key, mask=m_key, other=0.0).to(tl.float32)  # [P, R, H, D / H]
@@ -210,7 +224,23 @@ def _attend(
         b_weights = b_weights * b_before + tl.sum(b_shares, axis=0)
         b_sum = b_sum * b_before[:, :, None] + tl.sum(b_shares[:, :, :, None] * b_values, axis=0)
         b_most = b_highest
+    if SHARES > 1:
+        b_highest = _joined(b_most, SHARES, True)
+        b_before = tl.exp(b_most - b_highest)
+        b_weights = _joined(b_weights * b_before, SHARES, False)
+        b_wide = tl.reshape(b_sum * b_before[:, :, None], [b_sum.shape[0], BLOCK_H * BLOCK_DH])
+        b_sum = tl.reshape(_joined(b_wide, SHARES, False), b_sum.shape)
     return b_sum / b_weights[:, :, None]
+
+
+@triton.jit
+def _joined(b_x, SHARES: tl.constexpr, MAX: tl.constexpr):
+    """The largest, or the sum, of what SHARES neighbouring rows of [R, K] hold, in all of them."""
+    R: tl.constexpr = b_x.shape[0]
+    K: tl.constexpr = b_x.shape[1]
+    b_parts = tl.reshape(b_x, [R // SHARES, SHARES, K])
+    b_all = tl.max(b_parts, axis=1) if MAX else tl.sum(b_parts, axis=1)
+    return tl.reshape(tl.broadcast_to(b_all[:, None, :], [R // SHARES, SHARES, K]), [R, K])
 
 
 def denoise_attention_loop(
@@ -244,8 +274,8 @@ def denoise_attention_loop(
         given = rows_together(draws.given)
     if draws.row_key is not None and draws.sample is not None:
         seed, row_key, sample = device_int(draws.seed, device), draws.row_key.contiguous(), draws.sample.contiguous()
-    programs = triton.cdiv(n_rows * passes, _ROWS)
-    config = choose("denoise_attention_loop", _key(programs, stack.sizes, x_t.dtype), _candidates, device)
+    config = choose("denoise_attention_loop", _key(n_rows * passes, stack.sizes, x_t.dtype), _candidates, device)
+    programs = triton.cdiv(n_rows * passes * config.constants["SHARES"], _ROWS)
     scratch = x_t.new_empty(programs * _ROWS * (2 * stack.sizes.block_d + stack.sizes.block_e))
     _denoise_attention_loop_kernel[(programs,)](
         x_t,
@@ -288,28 +318,38 @@ def denoise_attention_loop(
     return x_0
 
 
-def _key(programs: int, sizes: BlockSizes, dtype: torch.dtype) -> Key:
-    return bucket(programs, most=1024), sizes.block_d, sizes.block_e, sizes.padded_hidden, dtype_key(dtype)
+def _key(rows: int, sizes: BlockSizes, dtype: torch.dtype) -> Key:
+    return bucket(rows, most=4096), sizes.block_d, sizes.block_e, sizes.padded_hidden, dtype_key(dtype)
 
 
-def _candidates(programs: int, block_d: int, block_e: int, padded_hidden: int, dtype: str) -> list[Config]:
-    """Tiles of weights and slots. With a warp for every 16 of a row's dims, the slots of a tile lie in one thread; then
-    another number of warps, and of slots, for a GPU to say; of wide blocks, the smallest tiles, for smaller GPUs."""
+def _candidates(rows: int, block_d: int, block_e: int, padded_hidden: int, dtype: str) -> list[Config]:
+    """Copies of rows, tiles of weights and slots. With a warp for every 16 of a row's dims, the slots of a tile lie in
+    one thread; then another number of copies, of hidden units, of warps and of slots, for a GPU to say; of wide blocks,
+    the smallest tiles, for smaller GPUs.
+
+    rows  of all passes: an even number of them where there are two
+    """
     half, wide = dtype != "float32", block_d > 128
     num_warps = min(8, max(4, block_e // 16))
     block_p = 4 if half and not wide else 2
     block_f = min(padded_hidden, (32 if wide else 64) if half else 16)
     block_k = 32 if half and block_d >= 32 else 16
+    most = _ROWS if rows == 1 else _ROWS // 2
+    shares = min(most, max(1, _PROGRAMS * _ROWS // rows))
+    more = half and 2 * block_f <= min(128, padded_hidden)
+    others = [other for other in (shares // 2, 2 * shares) if 1 <= other <= most]
 
-    def config(warps: int, block_p: int, block_f: int, block_k: int, stages: int = 3) -> Config:
+    def config(warps: int, block_p: int, block_f: int, block_k: int, shares: int = shares, stages: int = 3) -> Config:
         # else ptxas spills to make room for another program; with 8 warps it chooses better but for bfloat16
         registers = 255 if warps == 4 or dtype == "bfloat16" else None
-        blocks = {"BLOCK_F": block_f, "BLOCK_K": block_k, "BLOCK_P": block_p}
+        blocks = {"SHARES": shares, "BLOCK_F": block_f, "BLOCK_K": block_k, "BLOCK_P": block_p}
         shared = (stages - 1) * stage_bytes(_ROWS, block_f, block_k, block_d, block_e, 2 if half else 4)
         return Config(blocks, warps, stages, maxnreg=registers, shared=shared)
 
     return [
         config(num_warps, block_p, block_f, block_k),
+        *(config(num_warps, block_p, block_f, block_k, other) for other in others),
+        *([config(num_warps, block_p, 2 * block_f, block_k)] if more else []),
         config(12 - num_warps, block_p, block_f, block_k),
         config(num_warps, 6 - block_p, block_f, block_k),
         *([config(num_warps, block_p, 16, 16, stages=2)] if wide else []),
@@ -320,7 +360,7 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
     """What `python -m fastdiff.kernels.tuning` times: ADRec's published sizes, windows full."""
     dim, heads, slots, n_blocks = 128, 4, 49, 2
     for dtype in DTYPES.values():
-        for users, steps in ((16, 1), (256, 32), (2048, 32)):
+        for users, steps in ((1, 32), (256, 32), (1024, 32), (2048, 32)):
 
             def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
                 scale = 1.0 / float(shape[-1]) ** 0.5
@@ -347,7 +387,7 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
             noise = PhiloxNoise(1, keys, keys * 0, dim, dtype)
             x_t, time = drawn(users, dim), drawn(steps, dim)
             arguments = (x_t, (block,) * n_blocks, prefix, 1.0, 0.001, time, coef, False, noise)
-            key = _key(triton.cdiv(users, _ROWS), BlockSizes.of(block), dtype)
+            key = _key(users, BlockSizes.of(block), dtype)
             run = partial(denoise_attention_loop, *arguments)
             yield Problem("denoise_attention_loop", key, _candidates(*key), run)  # type: ignore[arg-type]
 
@@ -358,13 +398,16 @@ def cases() -> Iterator[Case]:
         for passes in (1, 2):
             floating = ("x_t", "x_0", "cond", "time", "matrices", "keys_values", "pad", "log_pads", "noise", "scratch")
             kinds = {"G": passes, "UNIFORM": True, "PHILOX": passes == 1, "NORMALIZE": passes == 2, "BLOCK_R": _ROWS}
-            candidates = _candidates(1, sizes.block_d, sizes.block_e, sizes.padded_hidden, dtype_key(DTYPES[name]))
+            few, many = (
+                _candidates(rows, sizes.block_d, sizes.block_e, sizes.padded_hidden, dtype_key(DTYPES[name]))
+                for rows in (passes, 4096)
+            )
             tuned = passes == 1 and sizes.dim == 128 and name != "bf16"  # what is tuned, but for float16's twin
-            smallest = candidates[3:] if passes == 1 else []
-            for i, config in enumerate(candidates if tuned else [*candidates[:1], *smallest]):
+            smallest = few[-1:] if passes == 1 and sizes.block_d > 128 else []
+            for i, config in enumerate([few[0], many[0], *(few[1:] if tuned else smallest)]):
                 yield Case(
                     f"{name} D={sizes.dim} H={sizes.n_heads} G={passes} {'philox' if passes == 1 else 'given'}"
-                    + (f" {config.words()}" if i else ""),
+                    + f" {config.words()}",
                     _denoise_attention_loop_kernel,
                     {
                         **{f"p_{key}": f"*{name}" for key in floating},
@@ -377,6 +420,7 @@ def cases() -> Iterator[Case]:
                     },
                     {**kinds, **sizes.constants(), **config.constants},
                     config.options(),
-                    hot=sizes.dim <= 128 and i == 0,  # another one is taken only where it was measured to be faster
+                    # of few rows a number or two may be read from memory, once a step; others are taken where faster
+                    hot=sizes.dim <= 128 and i == 1,
                     tensor_core=name != "fp32",
                 )

@@ -1,5 +1,6 @@
 """denoise_attention_loop against its formula, written out row by row with every pad that the pad key stands for."""
 
+import importlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -257,6 +258,22 @@ def test_in_triton_a_row_is_the_same_in_any_batch(branches: int) -> None:
     x_t = arguments["x_t"].view(6, 4, -1)[order].flatten(0, 1)
     part = run("triton", arguments | {"x_t": x_t, "prefix": some, "noise": GivenNoise(draws)})
     assert_agree(part.view(3, 4, -1), whole[order], torch.float32)
+
+
+@IN_TRITON
+@pytest.mark.parametrize("branches", [1, 2])
+def test_in_triton_copies_of_a_row_share_its_slots_out(branches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = importlib.import_module("fastdiff.kernels.denoise_attention_loop")
+    tuning = importlib.import_module("fastdiff.kernels.tuning")
+    users = [(n % 3, n) for n in (7, 0, 70, 1)]
+    arguments = in_float32(problem(users=users, samples=2, branches=branches, uniform=[n == 0 for _, n in users]))
+    truth = run("torch", arguments)
+    rows = len(users) * 2 * branches
+    for shares in (1, 2, 8):
+        monkeypatch.setattr(kernel, "_PROGRAMS", shares * rows // 16)
+        monkeypatch.setattr(tuning, "_chosen", {})
+        assert_agree(run("triton", arguments), truth, torch.float32)
+        assert [config.constants["SHARES"] for config in tuning._chosen.values()] == [shares]
 
 
 LAYOUTS = {
