@@ -48,6 +48,7 @@ class Case:
     tensor_core  whether the code must use the matrix units
     divisible    arguments known to be multiples of 16 (None: every pointer, and what rows of 16 k numbers make so:
                  depths, capacities and strides, but not those of histories, which may be of any length)
+    archs        the compute capabilities that it is chosen for (None: all)
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     hot: bool = True
     tensor_core: bool = False
     divisible: tuple[str, ...] | None = None
+    archs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--arch: unknown {unknown}; known: {', '.join(map(str, SHARED_MEMORY))}")
     if triton.knobs.runtime.interpret:
         parser.error("kernels cannot be compiled where they are interpreted; unset TRITON_INTERPRET")
-    work = [(op, i, arch) for op in asked.op for i in range(len(cases_of(op))) for arch in asked.arch]
+    work = [
+        (op, i, arch)
+        for op in asked.op
+        for i, case in enumerate(cases_of(op))
+        for arch in asked.arch
+        if case.archs is None or arch in case.archs
+    ]
     print(f"{'op':<26}{'case':<44}{'sm':>4}{'regs':>6}{'spill B':>9}{'smem B':>9}{'s':>7}", flush=True)
     failed = 0
     with ProcessPoolExecutor(os.cpu_count()) as pool:

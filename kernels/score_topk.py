@@ -32,7 +32,7 @@ from torch import Tensor
 from fastdiff.kernels import score_topk_plan
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.runtime import INTERPRETED, next_power_of_2
-from fastdiff.kernels.score_topk_cases import REGISTERS, all_cases
+from fastdiff.kernels.score_topk_cases import REGISTERS, RESCAN_REGISTERS, all_cases
 from fastdiff.kernels.score_topk_exact import _exact_kernel, _order_kernel
 from fastdiff.kernels.score_topk_plan import Plan, Sweep, plan, raise_blocks, scan_candidates
 from fastdiff.kernels.score_topk_queries import FACTORS, NOT_FINITE, _prepare_kernel
@@ -160,7 +160,7 @@ class _Call:
         rescanned = len(sweeps) == 2
         if sweeps:
             entries = self._empty(n, max(sweep.entries for sweep in sweeps), dtype=torch.int64)
-            counts = self._empty(n, max(sweep.programs for sweep in sweeps), dtype=torch.int32)
+            counts = self._empty(n, max(sweep.places for sweep in sweeps), dtype=torch.int32)
             gathered = self._empty(n, sizes.gathered, dtype=torch.int64)
         for second, sweep in enumerate(sweeps):
             for last, visited, step, start, slots in sweep.passes():
@@ -183,7 +183,7 @@ class _Call:
                     listed[second],
                     n_listed[second:],
                     kept,
-                    sweep.programs,
+                    sweep.places,
                     slots,
                     sizes.gathered,
                     sizes.opened,
@@ -238,7 +238,7 @@ class _Call:
                 EXCLUDE_SORTED=self.sorted_exclude,
                 HAS_CANDIDATES=self.has_candidates,
                 BLOCK_R=128 * score_topk_plan.WIDER,
-                BLOCK_S=64 * score_topk_plan.WIDER,
+                BLOCK_S=128 * score_topk_plan.WIDER,
                 BLOCK_D=min(next_power_of_2(dim), 64),
                 BLOCK_K=256 * score_topk_plan.WIDER,
                 maxnreg=REGISTERS,
@@ -336,6 +336,7 @@ class _Call:
             BLOCK_Q=score_topk_plan.RESCAN_QUERIES,
             BLOCK_N=sweep.rows,
             BLOCK_D=score_topk_plan.RESCAN_DIMS,
+            maxnreg=RESCAN_REGISTERS,
         )
 
     def _empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -363,14 +364,20 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _scan_blocks(n_users: int, dim: int, dtype: torch.dtype, device: torch.device) -> Config:
-    dims = min(next_power_of_2(max(dim, 32)), 128)
-    key = (bucket(n_users, most=1024), dims, str(dtype).removeprefix("torch."))
+    dims = min(next_power_of_2(max(dim, 32)), 256)
+    key = (bucket(n_users, most=1024), dims, str(dtype).removeprefix("torch."), _is_hopper(device))
     return choose("score_topk", key, scan_candidates, device)
 
 
 def tuning_problems(device: torch.device) -> Iterator[Problem]:
     """What `python -m fastdiff.kernels.tuning` times."""
+    hopper = _is_hopper(device)
     for dims in (64, 128):
         n_rows = 1_000_000 if device.type == "cuda" else 256  # interpreted, only the choice can be looked at
         item_emb = torch.randn(n_rows, dims, device=device)
@@ -378,8 +385,8 @@ def tuning_problems(device: torch.device) -> Iterator[Problem]:
             scan, name = ScanTable.build(item_emb, dtype), str(dtype).removeprefix("torch.")
             for n_users in (1, 32, 1024):
                 query = torch.randn(n_users, dims, device=device)
-                candidates = scan_candidates(n_users, dims, name)
-                yield Problem("score_topk", (n_users, dims, name), candidates, partial(_scores, query, item_emb, scan))
+                key = (n_users, dims, name, hopper)
+                yield Problem("score_topk", key, scan_candidates(*key), partial(_scores, query, item_emb, scan))
 
 
 def _scores(query: Tensor, item_emb: Tensor, scan: ScanTable) -> Tensor:

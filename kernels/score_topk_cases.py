@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 
 import torch
 
@@ -19,6 +19,8 @@ from fastdiff.ops.topk_scan import STORED
 
 REGISTERS = 168
 """That a thread of the exact kernel may have, three blocks of four warps to a processor: without a bound, it spills."""
+RESCAN_REGISTERS = 255
+"""And one of the second scan, which is rare."""
 
 _STORED_AS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*u8"}
 _MULTIPLIED_AS = {torch.float32: "*bf16", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8"}
@@ -49,7 +51,7 @@ def all_cases() -> Iterator[Case]:
                 **dict.fromkeys(("p_entries", "p_exclude_offsets", "p_gathered"), "*i64"),
                 **dict.fromkeys(("p_counts", "p_state", "p_open", "p_n_open", "p_listed", "p_n_listed"), "*i32"),
                 **dict.fromkeys(("p_factors", "p_bounds", "p_floor"), "*fp32"),
-                **dict.fromkeys(("k", "n_programs", "slots", "gather_width", "open_width"), "i32"),
+                **dict.fromkeys(("k", "n_places", "slots", "gather_width", "open_width"), "i32"),
             },
             {
                 "GROUP": 64,
@@ -77,15 +79,17 @@ def all_cases() -> Iterator[Case]:
 
 
 def _scan_cases() -> Iterator[Case]:
-    sizes = [(dim, n_users) for dim in (64, 128) for n_users in (1, 32, 64, 1024)]
-    for dim, n_users in (*sizes, (256, 1), (256, 1024)):
+    for dim, n_users, hopper in product((64, 128, 256), (1, 64, 128, 1024), (True, False)):
         few = n_users <= score_topk_plan.FEW
         for dtype, stored in STORED.items():
-            candidates = scan_candidates(n_users, min(dim, 128), _name(dtype))
-            for config in candidates if dim <= 128 else candidates[:1]:
-                rows, options = config.constants["BLOCK_N"], config.options()
+            candidates = scan_candidates(n_users, dim, _name(dtype), hopper)
+            first = ((candidates[0], allowed) for allowed in (False, True))
+            others = ((config, False) for config in candidates[1:] if dim <= 128)
+            for config, allowed in chain(first, others):
+                queries, rows = config.constants["BLOCK_Q"], config.constants["BLOCK_N"]
                 yield Case(
-                    f"scan {_name(dtype)} B={n_users} D={dim} N={rows} W={config.num_warps} S={config.num_stages}",
+                    f"scan {_name(dtype)} B={n_users} D={dim} Q={queries} N={rows} S={config.num_stages}"
+                    + (" allowed" if allowed else ""),
                     _scan_kernel,
                     {
                         "p_operand": _MULTIPLIED_AS[dtype],
@@ -102,15 +106,17 @@ def _scan_cases() -> Iterator[Case]:
                         "STORED": stored,
                         "WIDE": False,
                         "CERTIFIED": True,
-                        "HAS_ALLOWED": n_users > 1,
+                        "HAS_ALLOWED": allowed,
                         "CHUNK": topk_scan.CHUNK if stored else 0,
-                        "GROUP": 64 if few else 16,
+                        "GROUP": min(64, rows // 4) if few else 16,
                         "ONE_STEP": dim <= 128,
                         **config.constants,
                     },
-                    options,
+                    config.options(),
+                    hot=dim <= 128 and not allowed,
                     tensor_core=True,
                     divisible=("p_operand", "p_rows", "p_chunks", "p_entries", "dim", "operand_dim", "row_stride"),
+                    archs=(90,) if hopper else (80, 100),
                 )
     for group in (64, 16, 8):
         yield Case(
@@ -130,6 +136,7 @@ def _scan_cases() -> Iterator[Case]:
                 "BLOCK_N": score_topk_plan.RESCAN_ROWS,
                 "BLOCK_D": score_topk_plan.RESCAN_DIMS,
             },
+            {"maxnreg": RESCAN_REGISTERS},
             divisible=("p_query", "p_items", "p_entries", "dim", "item_stride"),
         )
 
@@ -168,7 +175,7 @@ def _exact_cases() -> Iterator[Case]:
                 "EXCLUDE_SORTED": sorted_lists,
                 "HAS_CANDIDATES": kind == "candidates",
                 "BLOCK_R": 128,
-                "BLOCK_S": 64,
+                "BLOCK_S": 128,
                 "BLOCK_D": 64,
                 "BLOCK_K": 256,
             },

@@ -2,12 +2,14 @@
 
 Few queries are a stream: the table is read once and hardly anything computed, so what counts is how many bytes are on
 their way. An H200 reads 4.8 TB/s at a latency of some 0.7 us: 3.4 MB in flight, 26 KB for each of its 132 processors.
-A tile is 16 to 32 KB (256 rows of int8 at D = 64, 128 of 16 bits, 64 of float32); with 4 stages three tiles are on
-their way while one is multiplied, so a program has 48 KB or more in flight, and two programs share a processor (8
-warps of at most 128 registers, or 4 warps). One query over 10^7 rows in int8 at D = 64 has 4 programs for each
-processor, 528, which share 39,063 tiles: 74 tiles, 1.2 MB, each; the entries that they write are nothing beside that.
+A tile is 16 or 32 KB; with 3 or 4 stages two or three of them are on their way while one is multiplied, and two
+programs share a processor: 96 KB or more in flight. What a processor computes meanwhile it has time for: at 4.3 TB/s 32
+KB come in 1,760 clocks, the products of 64 queries, filled up or not, take 512 of them (256 rows of 64 numbers of 16
+bits), and some 370 instructions of each of 4 warps another 370.
 
-Many queries are a product of matrices: 128 queries stay in registers or shared memory, and rows are streamed past them.
+Many queries are a product of matrices: 256 queries stay in shared memory, and rows are streamed past them. At D = 64,
+64 rows take 512 clocks of the matrix units in bfloat16, and 264 instructions of each of 8 warps 528 of the schedulers;
+two programs share a processor, so that one multiplies while the other one compares. All programs are there at once.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ WIDEST = 1 << 16
 RESCANNED = 1 << 22
 """Tables of this many numbers have a second scan for queries of whom the first one keeps too much; smaller ones are
 scored by the definition sooner than five more kernels start."""
+PROGRAMS = 2
+"""Of a scan, that share a processor: no block has more registers or shared memory than lets them."""
 BUDGET = 256 << 20
 """Bytes of the buffers of one slice of the queries."""
 USERS = 2048
@@ -35,7 +39,7 @@ FOUND = 4096
 """Keys of a query, or k, that there is room for where it is forced to the definition, in parts with k keys each; of few
 queries eight times that, so that one of them can have all processors."""
 FEW = 32
-"""Up to so many queries are the columns of the product."""
+"""Queries of a call that opens large groups, of 64 rows: there are fewer of them to keep."""
 WIDER = 8 if INTERPRETED else 1
 """Interpreted, an operation costs the same for few numbers and for many, so blocks are wider there."""
 
@@ -50,11 +54,13 @@ class Sweep:
     rows       of a tile
     programs   that share the tiles out, of each block of queries
     tiles, visited, step, start   of the table; of the sample, how far apart, and which is its first
-    sample_slots, slots   entries that each program has room for: of the sample all its groups, of the table so many
+    places     where entries are written, of each query: one for each group of a tile in each program
+    sample_slots, slots   entries that each place has room for: of the sample all its groups, of the table so many
     """
 
     rows: int
     programs: int
+    places: int
     tiles: int
     visited: int
     step: int
@@ -70,7 +76,7 @@ class Sweep:
     @property
     def entries(self) -> int:
         """Room for the entries of a query."""
-        return self.programs * max(self.slots, self.sample_slots)
+        return self.places * max(self.slots, self.sample_slots)
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,13 @@ def plan(
     """excluded: how many rows a user may not be given, on average; processors: of the device; block_q, block_n: of the
     scan, queries and rows; listed: how many candidates all users have together, or None."""
     rank = k + 2 * excluded
-    group = 64 if n_users <= FEW else 16
+    group = min(64 if n_users <= FEW else 16, block_n // 4)  # four at least to a tile: a thread has columns of one
     while group >= 8 and 8 * rank * group > n_rows:
         group //= 2
     if group < 8 or k > LARGEST_K or n_rows < FEWEST_ROWS or dim > WIDEST:
         group = 0
     here = min(n_users, USERS)
-    scan, most = _sweep(n_rows, rank, max(1, group), block_n, 4 * processors // -(-here // block_q), 0)
+    scan, most = _sweep(n_rows, rank, max(1, group), block_n, PROGRAMS * processors // -(-here // block_q), 0)
     rescan = None
     if group and n_rows * dim >= RESCANNED:
         rescan, more = _sweep(n_rows, rank, group, RESCAN_ROWS, 2 * processors, 1)
@@ -155,11 +161,11 @@ def _sweep(n_rows: int, rank: int, group: int, rows: int, programs: int, start: 
     visited = -(-(tiles - start) // step)
     programs = max(1, min(tiles, programs))
     expected = -(-2 * rank * tiles // visited)  # with twice the entries that a good sample lets pass
-    slots = min(-(-tiles // programs) * per_tile, expected // programs + 4 * int((expected / programs) ** 0.5) + 8)
-    sample_slots = -(-visited // programs) * per_tile
-    return Sweep(rows, programs, tiles, visited, step, start, sample_slots, slots), max(
-        2 * expected, visited * per_tile
-    )
+    places = programs * per_tile
+    slots = min(-(-tiles // programs), expected // places + 4 * int((expected / places) ** 0.5) + 8)
+    sample_slots = -(-visited // programs)
+    gathered = max(2 * expected, visited * per_tile)
+    return Sweep(rows, programs, places, tiles, visited, step, start, sample_slots, slots), gathered
 
 
 def raise_blocks(n_users: int, processors: int) -> Config:
@@ -171,41 +177,41 @@ def raise_blocks(n_users: int, processors: int) -> Config:
     return Config(blocks, num_warps=warps)
 
 
-def scan_candidates(n_users: int, dims: int, dtype: str) -> list[Config]:
+def scan_candidates(n_users: int, dims: int, dtype: str, hopper: bool = True) -> list[Config]:
     """Blocks of the scan, the ones that should serve everywhere first; `tuning.choose` picks one.
 
-    n_users, dims  powers of two, from 1 and from 32 (the depth of the matrix units' products of int8) to 128
+    n_users, dims  powers of two, from 1 and from 32 (the depth of the matrix units' products of int8) to 256: more
     dtype          of the stored rows
+    hopper         the matrix units read both sides of a product from shared memory (sm_90); those of other GPUs take
+                   more registers, so their tiles are smaller
     """
     wide = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[dtype]
-    if n_users <= FEW:
-        queries, first = max(16, n_users), True
-        tile = max(64, min(256, (16 << 10) // (dims * wide)))
-        # with 16 queries two programs share a processor; with more, 4 warps would spill
-        if queries == 16:
-            warps, registers = (4 if tile == 64 or wide == 2 else 8), {4: 255, 8: 128 if wide == 1 else 255}
-            shapes = [(tile, warps, 4), (tile, warps, 3), (128, 4, 3), (128, 8, 3), (64, 4, 3)]
-        else:
-            registers = {8: 255}
-            shapes = [(tile, 8, 4), (tile, 8, 3), (128, 8, 3), (64, 8, 3)]
+    depth, deep = min(dims, 128), dims > 128
+    if n_users <= 64:
+        most = 128 if n_users > FEW or wide == 4 else 256
+        rows = max(64, min(most, (32 << 10) // (depth * wide))) if hopper and not deep else 64
+        stages = 4 if rows * depth * wide <= 16 << 10 and not deep else 3
+        shapes = [(64, rows, stages), (64, rows, 7 - stages), (64, max(64, rows // 2), 3), (64, 64, 2)]
+    elif n_users <= 128 or not hopper or wide == 4 or deep:
+        shapes = [(128, 64, 2 if deep else 3), (128, 64, 2)]
     else:
-        queries, first = min(n_users, 128), False
-        registers = {8: 255}
-        shapes = [(64, 8, 2), (64, 8, 3) if queries == 128 else (128, 8, 2)]
+        shapes = [(256, 64, 3), (256, 64, 2), (128, 64, 3), (128, 64, 2)]
     return [
         Config(
-            {"ITEMS_FIRST": first, "BLOCK_Q": queries, "BLOCK_N": rows * WIDER, "BLOCK_D": dims},
-            num_warps=warps,
+            {"BLOCK_Q": queries, "BLOCK_N": rows * WIDER, "BLOCK_D": depth},
+            num_warps=min(queries // 16, 8),
             num_stages=stages,
-            maxnreg=registers[warps],
-            shared=_shared(queries, rows, dims, wide, stages),
+            maxnreg=128 if queries > 64 and hopper and not deep else 255,  # else two programs share no processor
+            shared=_shared(queries, rows, depth, wide, stages, deep),
         )
-        for rows, warps, stages in dict.fromkeys(shapes)
+        for queries, rows, stages in dict.fromkeys(shapes)
     ]
 
 
-def _shared(queries: int, rows: int, dims: int, wide: int, stages: int) -> int:
-    """Bytes of shared memory, at most: the tiles on their way, one more where the matrix units read it there as it is
-    stored, and the queries or a tile of sums that changes hands."""
-    tiles = stages if wide == 2 else stages - 1
-    return tiles * rows * dims * wide + 4 * max(queries * dims, queries * rows)
+def _shared(queries: int, rows: int, dims: int, wide: int, stages: int, deep: bool) -> int:
+    """Bytes of shared memory, at most: the tiles on their way, one more where the matrix units read them there as they
+    are stored, else one in the form of the product, and the queries in that form, which are on their way like the tiles
+    where vectors are deep."""
+    product = 1 if wide == 1 else 2
+    tiles = ((stages - 1) * wide + product) * rows * dims
+    return tiles + product * queries * (dims * (stages if deep else 1) + 1)

@@ -6,19 +6,21 @@ costs one maximum per score, and the few groups kept are opened later (score_top
 
     (bits of highest score - slack, in order) << 32  |  group
 
-Every program counts its own entries of each query in registers and writes them to a place of its own: nothing is
-cleared before or added up between programs, and no warp waits for the answer of an atomic.
+Every program counts its own entries of each query in registers, those of each group of its tiles apart, and writes them
+to a place of its own: nothing is cleared before or added up between programs, no warp waits for the answer of an
+atomic, nor for another one.
 
-Floats are scanned in bfloat16, float16 and whole numbers as they are; sums in float32 or int32. Few queries are the
-columns of the product and the rows of the table its rows, so that a tile of the matrix units is as narrow as the batch;
-many queries are its rows, where a group's maximum is mostly taken inside a thread.
+Floats are scanned in bfloat16, float16 and whole numbers as they are; sums in float32 or int32. Queries are the rows of
+the product and rows of the table its columns, in an order in which all columns of a thread are of one group: so the
+maximum is taken, compared and counted inside of a thread, with one operation per score. Few queries are filled up to
+what the matrix units take; these have four times the time that their products need while rows come from memory.
 
 The second scan (`_rescan_kernel`) is for queries of whom the first kept too much: their scores lie closer together than
 its products tell apart, or its sample misled it. It takes float32 products of the item table itself, whose error is
 some hundred times smaller, and other tiles for its sample.
 
-Numbers of a row, of a query's entries and of the table may be more than 2^31: the rows of a tile are addressed in int32
-from the tile's first, and whatever that or a query's number is multiplied with is int64.
+Numbers of a row and of the table may be more than 2^31: the rows of a tile are addressed in int32 from the tile's
+first, and what that is multiplied with is int64. Entries are fewer (`score_topk_plan.BUDGET`).
 """
 
 from __future__ import annotations
@@ -59,12 +61,23 @@ def _operand(p_operand, o_query, m_query, o_dim, operand_dim):
 
 
 @triton.jit
-def _product(b_query, b_rows, b_sums, ITEMS_FIRST: tl.constexpr):
-    """b_sums + the products, [queries, rows] or, ITEMS_FIRST, [rows, queries]."""
-    b_left, b_right = b_query, b_rows
-    if ITEMS_FIRST:
-        b_left, b_right = b_rows, b_query
-    return tl.dot(b_left, tl.trans(b_right), b_sums, input_precision="ieee", out_dtype=b_sums.dtype)
+def _bounds(p_bounds, o_group, m_group, CERTIFIED: tl.constexpr, SCALED: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Of groups that begin at the rows o_group: the norm, the residual and the scale of their blocks, where needed."""
+    p_bound = p_bounds + o_group // 64 * 4
+    b_norm = tl.load(p_bound, mask=m_group & CERTIFIED, other=0.0)
+    b_residual = tl.load(p_bound + 1, mask=m_group & (CERTIFIED and RESIDUAL), other=0.0)
+    return b_norm, b_residual, tl.load(p_bound + 2, mask=m_group & SCALED, other=1.0)
+
+
+@triton.jit
+def _as_held(b_x, SHARES: tl.constexpr):
+    """[queries, groups] as one dimension, in the order in which the threads of the matrix units hold their maxima: it
+    is the order in which a store wants them, so no data change hands. (16 queries to a warp, 8 warps at most.)"""
+    Q: tl.constexpr = b_x.shape[0]
+    N: tl.constexpr = b_x.shape[1]
+    WARPS: tl.constexpr = 8 if Q > 128 else Q // 16
+    b_parts = tl.reshape(b_x, [Q // (16 * WARPS), WARPS, 2, 8, N // SHARES, SHARES])
+    return tl.reshape(tl.permute(b_parts, (0, 2, 4, 1, 3, 5)), [Q * N])
 
 
 @triton.jit
@@ -92,7 +105,6 @@ def _scan_tiles(
     WIDE: tl.constexpr,
     CERTIFIED: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
-    ITEMS_FIRST: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -102,82 +114,87 @@ def _scan_tiles(
 ):
     """Entries of the queries o_query [BLOCK_Q] int64 from this program's share of the tiles start, start + step .."""
     i_program, n_programs = tl.program_id(1), tl.num_programs(1)
+    SCALED: tl.constexpr = STORED >= BYTES and STORED <= HALVES
+    SUM: tl.constexpr = tl.int32 if STORED == BYTES else tl.float32
+    N_GROUPS: tl.constexpr = BLOCK_N // GROUP
+    # the columns of the product that a thread holds are of one group: four threads hold a row, two of eight in turn
+    SHARES: tl.constexpr = 4 if N_GROUPS > 4 else N_GROUPS
+    o_column, o_group = tl.arange(0, BLOCK_N), tl.arange(0, N_GROUPS)
+    o_pair = o_column // (2 * SHARES)
+    o_row = (o_pair // (GROUP // 2) * SHARES + o_column // 2 % SHARES) * GROUP
+    o_row += o_pair % (GROUP // 2) * 2 + o_column % 2
+    o_group_row = o_group * GROUP
+
     p_factor = p_factors + o_query * FACTORS
     if CERTIFIED:
         b_by_residual = tl.load(p_factor, mask=m_query, other=0.0)[:, None]
         b_by_norm = tl.load(p_factor + (3 if STORED == SINGLES else 1), mask=m_query, other=0.0)[:, None]
         b_tiny = tl.load(p_factor + 2, mask=m_query, other=0.0)[:, None]
     b_scale = tl.load(p_factor + 4, mask=m_query, other=1.0)[:, None]
-    b_floor = tl.load(p_floor + o_query, mask=m_query, other=float("inf"))[:, None]
+    b_floor = tl.load(p_floor + o_query, mask=m_query, other=float("inf"))[:, None]  # which nothing reaches
     o_dim = tl.arange(0, BLOCK_D)
     if ONE_STEP:
         b_query = _operand(p_operand, o_query, m_query, o_dim, operand_dim)
-    SCALED: tl.constexpr = STORED >= BYTES and STORED <= HALVES
-    SUM: tl.constexpr = tl.int32 if STORED == BYTES else tl.float32
-    N_GROUPS: tl.constexpr = BLOCK_N // GROUP
-    o_row, o_group = tl.arange(0, BLOCK_N), tl.arange(0, N_GROUPS)
-    p_entry = p_entries + (o_query * n_programs + i_program)[:, None] * slots
-    b_count = tl.zeros([BLOCK_Q], tl.int32)
+    o_place = (o_query * n_programs + i_program).to(tl.int32)[:, None] * N_GROUPS + o_group[None, :]
+    b_count = tl.zeros([BLOCK_Q, N_GROUPS], tl.int32)
+
+    # what is needed of the next tile besides its rows is loaded a tile ahead: nothing waits for it
+    ahead = (start + tl.full([], i_program, tl.int32) * step) * BLOCK_N
     if CHUNK > 0:
-        chunk = tl.load(p_chunks + (start + i_program * step) * BLOCK_N // CHUNK, mask=i_program < n_visited, other=0)
+        chunk = tl.load(p_chunks + ahead // CHUNK, mask=i_program < n_visited, other=0)
+    m_next = (i_program < n_visited) & (o_group_row < n_rows - ahead)
+    b_norm, b_residual, b_unit = _bounds(p_bounds, ahead + o_group_row, m_next, CERTIFIED, SCALED, STORED != SINGLES)
     for i in range(i_program, n_visited, n_programs):
         first = (start + tl.full([], i, tl.int32) * step) * BLOCK_N
         # rows beyond the last are the last once more, which changes no maximum
         b_row = tl.minimum(o_row, n_rows - 1 - first)
         p_tile = p_rows + first.to(tl.int64) * row_stride
+        behind, more = first + n_programs * step * BLOCK_N, i + n_programs < n_visited
         if CHUNK > 0:
-            # where the chunk lies was loaded a tile ago: rows whose address is loaded just before are not prefetched
             p_tile = p_rows + chunk * 16 + (first % CHUNK).to(tl.int64) * row_stride
-            behind = first + n_programs * step * BLOCK_N
-            chunk = tl.load(p_chunks + behind // CHUNK, mask=i + n_programs < n_visited, other=0)
-        # what the sums are compared with is under way while they are made; rows that are not allowed are read for the
-        # same reason: whether they are is known only later
-        m_inside = o_group * GROUP < n_rows - first
-        p_bound = p_bounds + (first // 64 + o_group * GROUP // 64) * 4
+            chunk = tl.load(p_chunks + behind // CHUNK, mask=more, other=0)
+        m_group = (o_group_row < n_rows - first)[None, :]
         if CERTIFIED:
-            b_norm = tl.load(p_bound, mask=m_inside, other=0.0)[None, :]
-            b_slack = b_by_norm * b_norm + b_tiny
+            b_slack = b_by_norm * b_norm[None, :] + b_tiny
             if STORED != SINGLES:
-                b_slack += b_by_residual * tl.load(p_bound + 1, mask=m_inside, other=0.0)[None, :]
+                b_slack += b_by_residual * b_residual[None, :]
         if SCALED:
-            b_unit = b_scale * tl.load(p_bound + 2, mask=m_inside, other=1.0)[None, :]
-        if HAS_ALLOWED:
+            b_unit_here = b_scale * b_unit[None, :]
+        m_next = more & (o_group_row < n_rows - behind)
+        b_norm, b_residual, b_unit = _bounds(
+            p_bounds, behind + o_group_row, m_next, CERTIFIED, SCALED, STORED != SINGLES
+        )
+        if HAS_ALLOWED:  # rows that are not allowed are read like others: whether they are is known only later
             m_row = tl.load(p_allowed + first + b_row) != 0
-        b_sums = tl.zeros([BLOCK_N, BLOCK_Q] if ITEMS_FIRST else [BLOCK_Q, BLOCK_N], SUM)
+            none = -2147483648 if STORED == BYTES else float("-inf")
+            b_most = tl.where(m_row, 2147483647 if STORED == BYTES else 0.0, none)
+        b_sums = tl.zeros([BLOCK_Q, BLOCK_N], SUM)
         if ONE_STEP:
             b_rows = _rows(p_tile, row_stride, b_row, o_dim, dim, STORED, WIDE)
-            b_sums = _product(b_query, b_rows, b_sums, ITEMS_FIRST)
+            b_sums = tl.dot(b_query, tl.trans(b_rows), b_sums, input_precision="ieee", out_dtype=SUM)
         else:
             for d in range(0, dim, BLOCK_D):
                 b_rows = _rows(p_tile, row_stride, b_row, d + o_dim, dim, STORED, WIDE)
                 b_part = _operand(p_operand, o_query, m_query, d + o_dim, operand_dim)
-                b_sums = _product(b_part, b_rows, b_sums, ITEMS_FIRST)
+                b_sums = tl.dot(b_part, tl.trans(b_rows), b_sums, input_precision="ieee", out_dtype=SUM)
         if HAS_ALLOWED:
-            none = -2147483648 if STORED == BYTES else float("-inf")
-            b_sums = tl.where(m_row[:, None] if ITEMS_FIRST else m_row[None, :], b_sums, none)
-        if ITEMS_FIRST:
-            b_best = tl.trans(tl.max(tl.reshape(b_sums, [N_GROUPS, GROUP, BLOCK_Q]), 1))
-        else:
-            b_best = tl.max(tl.reshape(b_sums, [BLOCK_Q, N_GROUPS, GROUP]), 2)
-        m_group = m_inside[None, :]
+            b_sums = tl.minimum(b_sums, b_most[None, :]) if STORED == BYTES else b_sums + b_most[None, :]
+        b_shares = tl.reshape(b_sums, [BLOCK_Q, N_GROUPS // SHARES, GROUP // 2, SHARES, 2])
+        b_best = tl.reshape(tl.max(tl.max(b_shares, 4), 2), [BLOCK_Q, N_GROUPS])
         b_high = b_best.to(tl.float32)
         if HAS_ALLOWED:
             m_group = m_group & (b_best != none)
         if SCALED:
-            b_high *= b_unit
+            b_high *= b_unit_here
         b_low = b_high
         if CERTIFIED:
             b_low, b_high = b_high - b_slack, b_high + b_slack
-        m_kept = m_group & (b_high >= b_floor) & m_query[:, None]
-        b_kept = m_kept.to(tl.int32)
+        m_kept = m_group & (b_high >= b_floor)
         b_entry = (ordered(b_low).to(tl.int64) << 32) | (first // GROUP + o_group)[None, :]
-        b_slot = b_count[:, None]
-        if N_GROUPS > 1:
-            m_before = o_group[None, :, None] < o_group[None, None, :]  # a scan along so few costs more, and a stack
-            b_slot += tl.sum(tl.where(m_before, b_kept[:, :, None], 0), 1)
-        tl.store(p_entry + b_slot, b_entry, mask=m_kept & (b_slot < slots))
-        b_count += tl.sum(b_kept, 1)
-    tl.store(p_counts + o_query * n_programs + i_program, b_count, mask=m_query)
+        m_stored = _as_held(m_kept & (b_count < slots), SHARES)
+        tl.store(p_entries + _as_held(o_place * slots + b_count, SHARES), _as_held(b_entry, SHARES), mask=m_stored)
+        b_count += m_kept.to(tl.int32)
+    tl.store(p_counts + o_place, b_count, mask=m_query[:, None])
 
 
 @triton.jit
@@ -203,7 +220,6 @@ def _scan_kernel(
     WIDE: tl.constexpr,
     CERTIFIED: tl.constexpr,
     HAS_ALLOWED: tl.constexpr,
-    ITEMS_FIRST: tl.constexpr,
     CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -215,8 +231,8 @@ def _scan_kernel(
 
     p_rows, p_chunks  row r is row r % CHUNK of what lies 16 p_chunks[r // CHUNK] numbers behind p_rows; one chunk:
                       CHUNK 0
-    p_entries         [n_queries, programs, slots] int64;  p_counts [n_queries, programs] int32, above `slots` where
-                      entries were lost
+    p_entries         [n_queries, programs, groups of a tile, slots] int64
+    p_counts          [n_queries, programs, groups of a tile] int32, above `slots` where entries were lost
     ONE_STEP          a row is one block of the product, so that queries stay where they are
     """
     o_query = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -244,7 +260,6 @@ def _scan_kernel(
         WIDE,
         CERTIFIED,
         HAS_ALLOWED,
-        ITEMS_FIRST,
         CHUNK,
         GROUP,
         BLOCK_Q,
@@ -311,7 +326,6 @@ def _rescan_kernel(
             False,
             True,
             HAS_ALLOWED,
-            False,
             0,
             GROUP,
             BLOCK_Q,

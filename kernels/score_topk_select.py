@@ -80,7 +80,7 @@ def _raise_kernel(
     p_listed,
     p_n_listed,
     k,
-    n_programs,
+    n_places,
     slots,
     gather_width,
     open_width,
@@ -110,17 +110,17 @@ def _raise_kernel(
         rank = tl.full([], k, tl.int64)
         if HAS_EXCLUDE:
             rank += tl.load(p_exclude_offsets + i_query + 1) - tl.load(p_exclude_offsets + i_query)
-        p_entries += i_query * n_programs * slots
-        p_counts += i_query * n_programs
+        p_entries += i_query * n_places * slots
+        p_counts += i_query * n_places
         p_gathered += i_query * gather_width
         o_block, o_slot = tl.arange(0, BLOCK), tl.arange(0, BLOCK_S)
         n, lost = 0, 0
-        for first in range(0, n_programs, BLOCK_P):
-            o_program = first + tl.arange(0, BLOCK_P)
-            b_kept = tl.load(p_counts + o_program, mask=o_program < n_programs, other=0)
+        for first in range(0, n_places, BLOCK_P):
+            o_source = first + tl.arange(0, BLOCK_P)
+            b_kept = tl.load(p_counts + o_source, mask=o_source < n_places, other=0)
             b_here = tl.minimum(b_kept, slots)
             b_place = n + tl.cumsum(b_here, 0) - b_here
-            p_entry, p_place = p_entries + o_program * slots, p_gathered + b_place
+            p_entry, p_place = p_entries + o_source * slots, p_gathered + b_place
             for at in range(0, tl.max(b_here, 0), BLOCK_S):
                 m_entry = (at + o_slot)[None, :] < b_here[:, None]
                 b_entry = tl.load(p_entry[:, None] + (at + o_slot)[None, :], mask=m_entry, other=0)

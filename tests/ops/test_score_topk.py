@@ -968,12 +968,12 @@ def test_triton_plans_are_bounded() -> None:
                         assert sweep.tiles * sweep.rows >= n_rows
                         for _, visited, step, start, slots in sweep.passes():
                             assert 0 <= start + (visited - 1) * step < sweep.tiles
-                            assert sweep.programs * slots <= sweep.entries
+                            assert sweep.places * slots <= sweep.entries
                         assert sweep.visited * (sweep.rows // sizes.group) <= sizes.gathered
                         entries = max(entries, sweep.entries)
                     assert sizes.users == 1 or sizes.users * 8 * (entries + sizes.gathered) <= plans.BUDGET
-    one = plans.plan(1, 10**7, 64, 100, 0, 132, 16, 256)
-    assert one.scan.programs == 4 * 132  # a single query keeps every processor busy
+    one = plans.plan(1, 10**7, 64, 100, 0, 132, 64, 256)
+    assert one.scan.programs == plans.PROGRAMS * 132  # a single query keeps every processor busy
 
 
 def test_triton_blocks_fit() -> None:
