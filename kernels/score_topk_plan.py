@@ -31,8 +31,8 @@ RESCANNED = 1 << 22
 scored by the definition sooner than five more kernels start."""
 PROGRAMS = 2
 """Of a scan, that share a processor: no block has more registers or shared memory than lets them."""
-BUDGET = 256 << 20
-"""Bytes of the buffers of one slice of the queries."""
+BUDGET = 640 << 20
+"""Bytes of the buffers of one slice of the queries: 1,024 of them over 10^7 rows, for k of 100, are one slice."""
 USERS = 2048
 """Queries of a slice at most."""
 FOUND = 4096
@@ -117,13 +117,36 @@ def plan(
 ) -> Plan:
     """excluded: how many rows a user may not be given, on average; processors: of the device; block_q, block_n: of the
     scan, queries and rows; listed: how many candidates all users have together, or None."""
+    here = min(n_users, USERS)
+    while True:
+        found = _plan(here, n_users, n_rows, dim, k, excluded, processors, block_q, block_n, listed)
+        if found.users >= here:
+            return found
+        # slices of about the same size, of whole blocks, which share all processors out
+        even = -(-n_users // -(-n_users // found.users))
+        here = min(-(-even // block_q) * block_q, found.users // block_q * block_q) or found.users
+
+
+def _plan(
+    here: int,
+    n_users: int,
+    n_rows: int,
+    dim: int,
+    k: int,
+    excluded: int,
+    processors: int,
+    block_q: int,
+    block_n: int,
+    listed: int | None,
+) -> Plan:
+    """The plan of slices of `here` users; where these need too much memory, its `users` are fewer."""
     rank = k + 2 * excluded
-    group = min(64 if n_users <= FEW else 16, block_n // 4)  # four at least to a tile: a thread has columns of one
+    # four groups at least to a tile: a thread has columns of one
+    group = min(64 if n_users <= FEW else 16, block_n // 4)
     while group >= 8 and 8 * rank * group > n_rows:
         group //= 2
     if group < 8 or k > LARGEST_K or n_rows < FEWEST_ROWS or dim > WIDEST:
         group = 0
-    here = min(n_users, USERS)
     scan, most = _sweep(n_rows, rank, max(1, group), block_n, PROGRAMS * processors // -(-here // block_q), 0)
     rescan = None
     if group and n_rows * dim >= RESCANNED:
