@@ -218,7 +218,7 @@ def scan_candidates(n_users: int, dims: int, dtype: str, hopper: bool = True) ->
     elif n_users <= 128 or not hopper or wide == 4 or deep:
         shapes = [(128, 64, 2 if deep else 3), (128, 64, 2)]
     else:
-        shapes = [(256, 64, 3), (256, 64, 2), (128, 64, 3), (128, 64, 2)]
+        shapes = [(256, 64, 3), (256, 64, 4), (128, 64, 3), (128, 64, 2)]
     return [
         Config(
             {"BLOCK_Q": queries, "BLOCK_N": rows * WIDER, "BLOCK_D": depth},
@@ -233,8 +233,8 @@ def scan_candidates(n_users: int, dims: int, dtype: str, hopper: bool = True) ->
 
 def _shared(queries: int, rows: int, dims: int, wide: int, stages: int, deep: bool) -> int:
     """Bytes of shared memory, at most: the tiles on their way, one more where the matrix units read them there as they
-    are stored, else one in the form of the product, and the queries in that form, which are on their way like the tiles
-    where vectors are deep."""
+    are stored, else one in the form of the product; the queries in that form, which are on their way like the tiles
+    where vectors are deep; and what little changes hands."""
     product = 1 if wide == 1 else 2
     tiles = ((stages - 1) * wide + product) * rows * dims
-    return tiles + product * queries * (dims * (stages if deep else 1) + 1)
+    return tiles + product * queries * dims * (stages if deep else 1) + 40 * queries
