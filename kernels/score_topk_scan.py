@@ -197,7 +197,7 @@ def _scan_tiles(
     tl.store(p_counts + o_place, b_count, mask=m_query[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "n_rows", "n_visited", "step", "slots"])
 def _scan_kernel(
     p_operand,
     p_factors,
@@ -269,7 +269,7 @@ def _scan_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "start", "step", "n_visited", "slots"])
 def _rescan_kernel(
     p_query,
     p_factors,

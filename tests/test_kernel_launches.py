@@ -115,13 +115,19 @@ def test_histories_of_other_lengths_compile_no_selection_anew(
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from fastdiff.kernels import score_topk, score_topk_exact, score_topk_select
+    from fastdiff.kernels import score_topk, score_topk_exact, score_topk_scan, score_topk_select
     from fastdiff.ops.topk_scan import ScanTable
     from fastdiff.ops.user_lists import UserLists
 
     monkeypatch.setattr(score_topk, "_processors", lambda device: 132)
     target = make_backend(GPUTarget("cuda", 90, 32))
-    watched = (score_topk_exact._exact_kernel, score_topk_exact._order_kernel, score_topk_select._raise_kernel)
+    watched = (
+        score_topk_scan._scan_kernel,
+        score_topk_scan._rescan_kernel,
+        score_topk_select._raise_kernel,
+        score_topk_exact._exact_kernel,
+        score_topk_exact._order_kernel,
+    )
     binders = {
         kernel.fn.__name__: create_function_from_signature(kernel.signature, kernel.params, target)
         for kernel in watched
@@ -140,8 +146,10 @@ def test_histories_of_other_lengths_compile_no_selection_anew(
                         compiled.add((name, str(binders[name](**given)[1])))
                 launches.clear()
     by_kernel = Counter(name for name, _ in compiled)
-    # the floor is raised after a sample and after the table, in both scans; rows are those kept, or the whole table's
-    assert by_kernel == {"_raise_kernel": 4, "_exact_kernel": 2, "_order_kernel": 1}
+    # few queries have blocks of their own; the floor is raised after a sample and after the table, in both scans; rows
+    # are those kept, or the whole table's
+    expected = {"_scan_kernel": 2, "_rescan_kernel": 1, "_raise_kernel": 8, "_exact_kernel": 2, "_order_kernel": 1}
+    assert by_kernel == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
