@@ -225,7 +225,9 @@ def _stand_ins(gpu: PlayedGpu) -> dict[str, Any]:
             gpu.capturing, gpu.strict = False, before
 
     stream = Stream()
-    properties = SimpleNamespace(name="A GPU", multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
+    properties = SimpleNamespace(
+        name="A GPU", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
+    )
     state = torch.zeros(16, dtype=torch.uint8)
     return {
         "is_available": lambda: True,
