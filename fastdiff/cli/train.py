@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdiff.cli.options import new_parser
@@ -90,11 +91,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.show_settings:
         folder.check(args.resume)  # before minutes go into reading
         begun = folder.record() if folder.exists() else {}
+        if args.resume and not begun and None in (args.method, args.data):
+            raise InvalidArgument(
+                f"--resume: there is no run in {args.output} to go on with; give the folder of one, or METHOD and DATA "
+                "to begin one there"
+            )
     method: str = args.method or begun.get("method", "")
     if not method:
         args.usage_error("METHOD is needed: adrec, tarec, dreamrec, cddrec, dimerec or sasrec")
     kind = recipe_class(method)
-    same = method == begun.get("method")
+    same = method == begun.get("method") and args.preset is None  # which says all settings, and is compared
     own = {name.removeprefix("settings."): begun[name] for name in begun if same and name.startswith("settings.")}
     settings = load_settings(method, kind.Settings, args.preset, args.settings, parse_assignments(args.set), own)
     if args.show_settings:
@@ -104,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
         for name, value in dataclasses.asdict(settings).items():
             print(f"{name} = {value}")
         for name, values in presets(method).items():
-            print(f"preset {name}: {', '.join(f'{field}={value}' for field, value in values.items()) or 'as above'}")
+            print(
+                f"preset {name}: {', '.join(f'{field}={value}' for field, value in values.items()) or 'the defaults'}"
+            )
         return 0
     if args.threads is not None:
         if args.threads < 1:
@@ -117,18 +125,28 @@ def run(args: argparse.Namespace) -> int:
         tqdm.write(line, file=sys.stderr)
 
     source = _source(args, folder)
+    if args.data is None and not Path(source.path).exists():
+        raise InvalidArgument(
+            f"--resume: the data of this run were {source.path}, which is not there; if they have moved, say where to: "
+            f"fastdiff train {method} DATA --resume --output {args.output}"
+        )
     data = source.read()
     for line in describe(data):
         say(line)
-    named = [name for name in presets(method) if name != "default"]
-    if begun:
-        say(f"settings: those that {args.output} was begun with")
-    elif args.preset is None and args.settings is None and not args.set and named:
-        say(f"settings: the defaults; others, each for the data set of its name, with --preset {', '.join(named)}")
 
     def chosen(name: str, default: Any) -> Any:
         given = getattr(args, name)
         return begun.get(name, default) if given is None else given
+
+    seed = chosen("seed", 2025)
+    say(f"run           {method}, seed {seed}, in {args.output}")
+    named = [name for name in presets(method) if name != "default"]
+    if begun:
+        say("settings      those that the run was begun with")
+    elif args.preset is None and args.settings is None and not args.set and named:
+        say(f"settings      the defaults; others, each for the data set of its name, with --preset {', '.join(named)}")
+    elif args.preset is not None:
+        say(f"settings      preset {args.preset}")
 
     try:
         result = train(
@@ -136,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
             data,
             args.output,
             settings,
-            seed=chosen("seed", 2025),
+            seed=seed,
             device=chosen("device", "cpu"),
             precision=chosen("precision", "float32"),
             resume=args.resume,

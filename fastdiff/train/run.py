@@ -24,7 +24,7 @@ from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
 from fastdiff.train.recipe import QueryModel, Recipe, Settings
 from fastdiff.train.run_folder import RESULT_FILE, RunFolder
 from fastdiff.train.steps import Measured, fewest_steps, measure_steps
-from fastdiff.train.trainer import Trainer, check_stages
+from fastdiff.train.trainer import Interrupted, Trainer, check_stages
 from fastdiff.train.validation import TOP_KS, measure
 
 METHODS = ("adrec", "tarec", "dreamrec", "cddrec", "dimerec", "sasrec")
@@ -97,8 +97,17 @@ def train(
         say(f"there is no run in {folder} to go on with: a new one begins")
     state = run.open(record, None if data.source is None else dataclasses.asdict(data.source), resume)
     trainer = Trainer(recipe, run, seed, precision, minutes, show_progress, say)
+    if state is not None and state["progress"]["done"]:
+        say(f"the training in {folder} is complete; its result is measured again")
     trainer.run(state)
-    return _finish(recipe, trainer, run, seed, all_steps)
+    _note_on_stages(trainer)
+    try:
+        return _finish(recipe, trainer, run, seed, all_steps)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(
+            f"train: interrupted after the last epoch; {folder} holds the weights: --resume measures them and writes "
+            "the model"
+        ) from stopped
 
 
 def _finish(recipe: Recipe, trainer: Trainer, run: RunFolder, seed: int, all_steps: bool) -> dict[str, Any]:
@@ -153,6 +162,25 @@ def _with_sampler(
         for name, sampler in (("sampler", chosen.sampler), ("paper_sampler", paper))
     }
     return replace(model, generation_config=generation), told
+
+
+def _note_on_stages(trainer: Trainer) -> None:
+    """What comes out is the last stage's; where the validation users liked an earlier one better, say so."""
+    *_, last = trainer.stages
+    name = last.watch[-1]
+    best: dict[str, tuple[float, int]] = {}
+    for stage, epoch, _, _, what, value in trainer.log:
+        if what == name:
+            best[stage] = max(best.get(stage, (-1.0, 0)), (value, epoch))
+    here = best.pop(last.name, None)
+    if here is None or not best:
+        return
+    stage, (value, epoch) = max(best.items(), key=lambda item: item[1])
+    if value > here[0]:
+        trainer.say(
+            f"note: on the validation users stage {stage} had {name} {100 * value:.2f} % after epoch {epoch}, stage "
+            f"{last.name}, whose weights the model has, {100 * here[0]:.2f} %"
+        )
 
 
 def _last_epochs(trainer: Trainer) -> dict[str, int]:

@@ -45,9 +45,8 @@ class RunFolder:
         """Raise where a run cannot be here: nothing that is there is ever overwritten unasked."""
         if not self.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise InvalidArgument(
-                    f"--output: {self.path} exists and holds no training run; give the name of a new folder"
-                )
+                which = "folder of the run" if resume else "name of a new folder"
+                raise InvalidArgument(f"--output: {self.path} exists and holds no training run; give the {which}")
         elif not resume:
             raise InvalidArgument(
                 f"--output: {self.path} holds a training run; give --resume to go on with it, or another folder"
@@ -75,16 +74,22 @@ class RunFolder:
         names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
         names = ["method"] if "method" in names else names  # of which all settings follow
         if names:
-            told = "; ".join(
-                "the data are others (users, items, their order or the split)"
-                if name == "data"
-                else f"{name} was {_short(before.get(name))}, now {_short(record.get(name))}"
+            told = [
+                f"{name} was {_short(before.get(name))}, now {_short(record.get(name))}"
                 for name in names
-            )
+                if name != "data"
+            ]
+            cures = ["leave these options out, for the run keeps its own"] if told else []
+            if "data" in names:
+                begun = (self.source() or {}).get("path")
+                told.append("the data are others (users, items, their order or the split)")
+                cures.append(f"give those that it began with{f', read from {begun}' if begun else ''}")
             raise InvalidArgument(
-                f"--resume: {self.path} was made otherwise: {told}; leave these options out, for the "
-                "run remembers its own, or give another folder"
+                f"--resume: {self.path} was made otherwise: {'; '.join(told)}; {'; '.join(cures)}; or give another "
+                "folder, where another run begins"
             )
+        if source not in (None, self.source()):
+            self.write_json(SOURCE_FILE, source)  # the same data, at another place now
         return self.load_state()
 
     def load_state(self) -> State | None:
@@ -95,7 +100,7 @@ class RunFolder:
             state: State = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise DataError(
-                f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); give another folder to begin again"
+                f"{path}: damaged or cut short; delete this file to begin the run again, or give another folder"
             ) from error
         return state
 

@@ -74,7 +74,9 @@ def parse_assignments(texts: Sequence[str]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InvalidArgument(f"{path}: cannot be opened ({error.strerror}); give a YAML file of settings") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InvalidArgument(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}

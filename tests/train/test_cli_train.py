@@ -17,8 +17,11 @@ import torch
 import fastdiff
 from fastdiff import cli
 from fastdiff.train import run as runs
+from fastdiff.train import trainer
 from fastdiff.train.data import leave_one_out
+from fastdiff.train.recipe import Stage
 from fastdiff.train.trainer import Interrupted
+from fastdiff.train.validation import measure
 from tests.train.tiny import Tiny, walks
 
 SMALL = ["--set", "hidden_size=16", "--set", "epochs=2", "--no-progress", "--threads", "1"]
@@ -83,6 +86,12 @@ def test_a_run_out_of_time_says_how_to_go_on(
         (["sasrec", "x", "--output", "y", "--set", "epoch=3"], "unknown settings epoch"),
         (["sasrec", "x", "--output", "y", "--preset", "mars"], "no settings named 'mars'"),
         (["sasrec", "x", "--output", "y", "--threads", "0"], "--threads: must be at least 1 (got 0)"),
+        (["sasrec", "x", "--output", "y", "--settings", "z"], "z: cannot be opened (No such file or directory)"),
+        (
+            ["--resume", "--output", "y"],
+            "--resume: there is no run in y to go on with; give the folder of one, or METHOD",
+        ),
+        (["--resume", "--output", "fastdiff"], "fastdiff exists and holds no training run; give the folder of the run"),
     ],
 )
 def test_what_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +113,7 @@ def test_the_output_is_refused_before_the_data_are_read(tmp_path: Path, capsys: 
     [
         (["sasrec", "walks.txt"], "--output is needed"),
         (["sasrec", "--output", "no-such-run"], "DATA is needed"),
-        (["--output", "no-such-run", "--resume"], "METHOD is needed: adrec, tarec, dreamrec"),
+        (["--output", "no-such-run"], "METHOD is needed: adrec, tarec, dreamrec"),
     ],
 )
 def test_what_is_needed(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +141,9 @@ def test_a_run_remembers_what_it_was_begun_with(
     assert cli.main([*resume, "sasrec"]) == 2
     assert "method was" in capsys.readouterr().err
     assert cli.main(resume) == 0
-    assert f"settings: those that {tmp_path / 'run'} was begun with" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"run           tiny, seed 7, in {tmp_path / 'run'}" in err
+    assert "settings      those that the run was begun with" in err
     one, two = (torch.load(tmp_path / run / "state.pt", weights_only=True)["recipe"] for run in ("run", "unbroken"))
     assert all(torch.equal(one[name], two[name]) for name in two)
     records = [json.loads((tmp_path / run / "run.json").read_text()) for run in ("run", "unbroken")]
@@ -233,4 +244,73 @@ def test_a_run_is_not_resumed_with_other_data(
     assert cli.main([*command, "--minutes", "0"]) == 130
     sequences.write_text(sequences.read_text() + "99 1 2 3 4\n")
     assert cli.main([*command, "--resume"]) == 2
-    assert "the data are others (users, items, their order or the split)" in capsys.readouterr().err
+    told = "the data are others (users, items, their order or the split); give those that it began with, read from "
+    assert f"{told}{sequences}; or give another folder" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_data_that_have_moved_are_asked_for_once(
+    sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, moved = str(tmp_path / "run"), tmp_path / "moved.txt"
+    command = ["train", "tiny", str(sequences), "--output", folder, "--no-progress"]
+    assert cli.main([*command, "--minutes", "0"]) == 130
+    sequences.rename(moved)
+    bare = ["train", "--resume", "--output", folder, "--no-progress"]
+    assert cli.main(bare) == 2
+    assert f"say where to: fastdiff train tiny DATA --resume --output {folder}" in capsys.readouterr().err
+    assert cli.main(["train", "tiny", str(moved), *bare[1:], "--minutes", "0"]) == 130
+    assert cli.main(bare) == 0
+    capsys.readouterr()
+    assert cli.main(bare) == 0
+    assert "is complete; its result is measured again" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_interruption_after_the_last_epoch_says_how_to_go_on(
+    sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as during:
+        during.setattr(runs, "plot_run", interrupted)
+        assert cli.main(["train", "tiny", str(sequences), "--output", str(folder), "--no-progress"]) == 130
+    assert f"interrupted after the last epoch; {folder} holds the weights: --resume" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--output", str(folder), "--no-progress"]) == 0
+    assert (folder / "training.png").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize(("first", "told"), [(0.9, True), (0.1, False)])
+def test_a_stage_that_validated_better_than_the_last_one_is_named(
+    sequences: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    first: float,
+    told: bool,
+) -> None:
+    def measured(recipe: Tiny, stage: Stage, *arguments: object, **options: object) -> dict[str, float]:
+        value = first if stage.name == "table" else 0.5
+        return {**measure(recipe, stage, *arguments, **options), "HR@5": value}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer, "measure", measured)
+    command = ["train", "tiny", str(sequences), "--output", str(tmp_path / "run"), "--no-progress"]
+    assert cli.main(command) == 0
+    note = "stage table had HR@5 90.00 % after epoch 3, stage map, whose weights the model has, 50.00 %"
+    assert (note in capsys.readouterr().err) is told
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_damaged_state_is_named(sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "tiny", str(sequences), "--output", str(folder), "--no-progress"]
+    assert cli.main([*command, "--minutes", "0"]) == 130
+    whole = (folder / "state.pt").read_bytes()
+    (folder / "state.pt").write_bytes(whole[: len(whole) // 2])
+    assert cli.main([*command, "--resume"]) == 2
+    assert "state.pt: damaged or cut short; delete this file to begin" in capsys.readouterr().err
+    (folder / "state.pt").unlink()
+    assert cli.main([*command, "--resume"]) == 0
