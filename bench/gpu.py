@@ -59,7 +59,7 @@ ENDED = ("ok", "failed", "too long", "absent")
 class Job:
     """One process: `python` with these arguments, or another program, for at most `seconds`.
 
-    absent  why it cannot run on this machine        needs  the job without whose success it is absent
+    absent  why it cannot run on this machine        needs  a job: where that one ran and failed, this one is absent
     """
 
     part: str

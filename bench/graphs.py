@@ -24,11 +24,12 @@ WARM_UPS = 3
 def waiting_is_an_error() -> Iterator[None]:
     """Raises where the host would wait for the device, which no capture survives; nor does the process, which with
     PyTorch 2.11 can capture no more after one that failed (https://github.com/pytorch/pytorch/pull/180395)."""
+    before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Replayed:

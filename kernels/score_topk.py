@@ -2,7 +2,7 @@
 
     prepare   the queries in the form of the product, with the factors of their slack
     scan      a strided sample of the table, the highest score of each group of rows, less its slack
-    raise     floor = the k-th best of these, a score that k rows surely reach: k different groups hold one each
+    raise     floor = a score that just k of these reach, or some equal ones more: k different groups hold one each
     scan      the whole table: only groups whose highest score, and its slack, reach the floor are kept
     raise     the floor once more, from what is kept; the groups left are listed, hardly more than k
     rescan    only queries of whom too much was kept, whose floor is higher by now: all of this once more, in float32

@@ -118,7 +118,7 @@ def _scan_cases() -> Iterator[Case]:
                     divisible=("p_operand", "p_rows", "p_chunks", "p_entries", "dim", "operand_dim", "row_stride"),
                     archs=(90,) if hopper else (80, 100),
                 )
-    for group in (64, 16, 8):
+    for group in (64, 32, 16, 8):
         yield Case(
             f"rescan G={group}",
             _rescan_kernel,
@@ -146,6 +146,7 @@ def _exact_cases() -> Iterator[Case]:
         ("", 64, False),
         ("candidates", 64, True),
         ("scanned", 64, False),
+        ("scanned", 32, True),
         ("scanned", 16, True),
         ("scanned", 8, False),
         ("listed", 64, True),

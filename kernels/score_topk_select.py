@@ -65,7 +65,7 @@ def cut(p_keys, n, k, BLOCK: tl.constexpr):
     return floor
 
 
-@triton.jit(do_not_specialize=["k", "n_programs", "slots", "gather_width", "open_width"])
+@triton.jit(do_not_specialize=["k", "n_places", "slots", "gather_width", "open_width"])
 def _raise_kernel(
     p_entries,
     p_counts,
@@ -94,7 +94,8 @@ def _raise_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One program per query: its entries are gathered, and its floor raised to the k-th best of what they surely reach.
+    """One program per query: its entries are gathered, and its floor raised to what k of them surely reach,
+    and mostly no more.
 
     LAST       after the scan of the whole table: the groups that may reach the floor are listed in p_open. Where
                entries were lost or are too many, the query is scanned again, or forced to the definition.

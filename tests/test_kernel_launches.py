@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastdiff.kernels
 from bench.calls import SOURCES, record
 from fastdiff import ops
 from fastdiff.ops.backend import Op, why_not
@@ -135,7 +138,7 @@ def test_histories_of_other_lengths_compile_no_selection_anew(
     items = torch.empty(100_000, 64, device=META)
     scan = ScanTable(torch.float32, (items,), torch.empty(-(-len(items) // 64), 4, device=META), *items.shape)
     compiled = set()
-    for batch in (40, 64, 300):
+    for batch in (40, 64, 300, 1024):
         for k in (10, 16, 100):
             for each in (1, 5, 16, 48, 51):
                 total = torch.empty(batch * each, dtype=torch.int64, device=META)
@@ -150,6 +153,19 @@ def test_histories_of_other_lengths_compile_no_selection_anew(
     # are those kept, or the whole table's
     expected = {"_scan_kernel": 2, "_rescan_kernel": 1, "_raise_kernel": 8, "_exact_kernel": 2, "_order_kernel": 1}
     assert by_kernel == expected
+
+
+def test_what_kernels_are_not_specialised_for_are_parameters_of_theirs() -> None:
+    """Triton takes no notice of names that it does not know."""
+    kernels = {
+        f"{module.name}.{name}": kernel
+        for module in pkgutil.iter_modules(fastdiff.kernels.__path__)
+        for name, kernel in vars(importlib.import_module(f"fastdiff.kernels.{module.name}")).items()
+        if isinstance(kernel, JITFunction)
+    }
+    assert sum(bool(kernel.do_not_specialize) for kernel in kernels.values()) > 20
+    wrong = {name: set(kernel.do_not_specialize or ()) - set(kernel.arg_names) for name, kernel in kernels.items()}
+    assert not {name: unknown for name, unknown in wrong.items() if unknown}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

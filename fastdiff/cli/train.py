@@ -27,8 +27,8 @@ Train a model by its paper's recipe, with validation by the fast engine and earl
 DATA holds one user per line, `user item item ...`, oldest item first; or it is a RecBole .inter file. The last item of
 each user is tested on, the one before it validated on (--split says otherwise). RUN/model is the result: give it to
 `fastdiff evaluate` and `fastdiff generate`. Beside it: log.csv, steps.csv, training.png, result.json, and the state of
-the run. Whatever ends a run, a kill too, --resume goes on with it, to the same result: the run remembers its method,
-data, settings and seed.
+the run. Whatever ends a run, a kill too, --resume goes on with it, on the same number of threads to the same result:
+the run remembers its method, data, settings and seed.
 
 method: adrec, tarec, dreamrec, cddrec, dimerec; and sasrec, a discriminative yardstick that the engine does not run.
 """
@@ -99,6 +99,11 @@ def run(args: argparse.Namespace) -> int:
     method: str = args.method or begun.get("method", "")
     if not method:
         args.usage_error("METHOD is needed: adrec, tarec, dreamrec, cddrec, dimerec or sasrec")
+    if args.resume and args.data is None and args.method is not None and Path(args.method).is_file():
+        raise InvalidArgument(
+            f"--resume: {args.method} is a file where METHOD stands; give both, METHOD first: fastdiff train "
+            f"{begun.get('method', 'METHOD')} {args.method} --resume --output {args.output}"
+        )
     kind = recipe_class(method)
     same = method == begun.get("method") and args.preset is None  # which says all settings, and is compared
     own = {name.removeprefix("settings."): begun[name] for name in begun if same and name.startswith("settings.")}
@@ -141,9 +146,10 @@ def run(args: argparse.Namespace) -> int:
     seed = chosen("seed", 2025)
     say(f"run           {method}, seed {seed}, in {args.output}")
     named = [name for name in presets(method) if name != "default"]
-    if begun:
+    given = args.preset is not None or args.settings is not None or args.set
+    if begun and not given:
         say("settings      those that the run was begun with")
-    elif args.preset is None and args.settings is None and not args.set and named:
+    elif not given and named:
         say(f"settings      the defaults; others, each for the data set of its name, with --preset {', '.join(named)}")
     elif args.preset is not None:
         say(f"settings      preset {args.preset}")
@@ -173,6 +179,7 @@ def run(args: argparse.Namespace) -> int:
 def _source(args: argparse.Namespace, folder: RunFolder) -> Source:
     """Where the data are: as given, else as the run was begun with."""
     from fastdiff.train.data import Source
+    from fastdiff.train.run_folder import SOURCE_FILE
 
     begun = folder.source() or {}
     path = args.data or begun.get("path")
@@ -185,7 +192,12 @@ def _source(args: argparse.Namespace, folder: RunFolder) -> Source:
     given = {
         name: getattr(args, name) for name in ("split", "text_ids", "min_items", "min_interactions", "until_stable")
     }
-    return Source(**{**begun, **{name: value for name, value in given.items() if value is not None}, "path": path})
+    try:
+        return Source(**{**begun, **{name: value for name, value in given.items() if value is not None}, "path": path})
+    except TypeError as error:
+        raise InvalidArgument(
+            f"--resume: {folder.path / SOURCE_FILE} is not as fastdiff wrote it ({error}); delete it and give DATA"
+        ) from error
 
 
 def report(folder: str, data: str, result: dict[str, Any]) -> str:

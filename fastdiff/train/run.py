@@ -21,8 +21,8 @@ from fastdiff.errors import InvalidArgument
 from fastdiff.sampler import Sampler
 from fastdiff.train.data import TrainingData
 from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
-from fastdiff.train.recipe import QueryModel, Recipe, Settings
-from fastdiff.train.run_folder import RESULT_FILE, RunFolder
+from fastdiff.train.recipe import QueryModel, Recipe, Settings, Stage
+from fastdiff.train.run_folder import ALL_STEPS, RESULT_FILE, RunFolder
 from fastdiff.train.steps import Measured, fewest_steps, measure_steps
 from fastdiff.train.trainer import Interrupted, Trainer, check_stages
 from fastdiff.train.validation import TOP_KS, measure
@@ -85,7 +85,7 @@ def train(
         "seed": seed,
         "precision": precision,
         "device": place.type,
-        "all_steps": all_steps,
+        ALL_STEPS: all_steps,
         "data": data_digest(data),
         **{f"settings.{name}": value for name, value in json.loads(json.dumps(dataclasses.asdict(settings))).items()},
     }
@@ -166,21 +166,37 @@ def _with_sampler(
 
 def _note_on_stages(trainer: Trainer) -> None:
     """What comes out is the last stage's; where the validation users liked an earlier one better, say so."""
-    *_, last = trainer.stages
+    *earlier, last = trainer.stages
     name = last.watch[-1]
-    best: dict[str, tuple[float, int]] = {}
-    for stage, epoch, _, _, what, value in trainer.log:
-        if what == name:
-            best[stage] = max(best.get(stage, (-1.0, 0)), (value, epoch))
-    here = best.pop(last.name, None)
-    if here is None or not best:
+    here = _kept(trainer, last)
+    found = [
+        (metrics[name], stage, epoch) for stage in earlier for epoch, metrics in [_kept(trainer, stage)] if metrics
+    ]
+    if not here[1] or not found:
         return
-    stage, (value, epoch) = max(best.items(), key=lambda item: item[1])
-    if value > here[0]:
+    value, stage, epoch = max(found, key=lambda one: one[0])
+    if value > here[1][name]:
         trainer.say(
-            f"note: on the validation users stage {stage} had {name} {100 * value:.2f} % after epoch {epoch}, stage "
-            f"{last.name}, whose weights the model has, {100 * here[0]:.2f} %"
+            f"note: on the validation users stage {stage.name} had {name} {100 * value:.2f} % after epoch {epoch}, "
+            f"stage {last.name}, whose weights the model has, {100 * here[1][name]:.2f} %"
         )
+
+
+def _kept(trainer: Trainer, stage: Stage) -> tuple[int, dict[str, float]]:
+    """The epoch whose weights a stage ended with, and its metrics: the last one with a watched metric higher than ever.
+    (0, {}) where nothing was validated."""
+    epochs: dict[int, dict[str, float]] = {}
+    for its, epoch, _, _, name, value in trainer.log:
+        if its == stage.name:
+            epochs.setdefault(epoch, {})[name] = value
+    kept: tuple[int, dict[str, float]] = (0, {})
+    best: dict[str, float] = {}
+    for epoch, metrics in epochs.items():
+        higher = {name: metrics[name] for name in stage.watch if metrics.get(name, -1.0) > best.get(name, -1.0)}
+        if higher:
+            best |= higher
+            kept = (epoch, metrics)
+    return kept
 
 
 def _last_epochs(trainer: Trainer) -> dict[str, int]:

@@ -26,6 +26,8 @@ from fastdiff.errors import DataError, InvalidArgument
 
 STATE_FILE, LOG_FILE, STEPS_FILE, RESULT_FILE = "state.pt", "log.csv", "steps.csv", "result.json"
 SOURCE_FILE = "data.json"
+ALL_STEPS = "all_steps"
+"""What run.json says of the model that is written at the end: another resumption may say otherwise."""
 LOG_COLUMNS = ("stage", "epoch", "step", "seconds", "name", "value")
 STEPS_COLUMNS = ("scheduler", "num_steps", "name", "value")
 
@@ -66,12 +68,13 @@ class RunFolder:
         self.check(resume)
         if not self.exists():
             self.path.mkdir(parents=True, exist_ok=True)
+            self.write_json(RUN_FILE, record)
             if source is not None:
                 self.write_json(SOURCE_FILE, source)
-            self.write_json(RUN_FILE, record)
             return None
         before = self.record()
-        names = [name for name in {**before, **record} if before.get(name) != record.get(name)]
+        compared = {**before, **record}.keys() - {ALL_STEPS}
+        names = sorted(name for name in compared if before.get(name) != record.get(name))
         names = ["method"] if "method" in names else names  # of which all settings follow
         if names:
             told = [
@@ -88,6 +91,8 @@ class RunFolder:
                 f"--resume: {self.path} was made otherwise: {'; '.join(told)}; {'; '.join(cures)}; or give another "
                 "folder, where another run begins"
             )
+        if before.get(ALL_STEPS) != record.get(ALL_STEPS):
+            self.write_json(RUN_FILE, record)
         if source not in (None, self.source()):
             self.write_json(SOURCE_FILE, source)  # the same data, at another place now
         return self.load_state()

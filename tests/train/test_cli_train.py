@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -299,8 +300,36 @@ def test_a_stage_that_validated_better_than_the_last_one_is_named(
     monkeypatch.setattr(trainer, "measure", measured)
     command = ["train", "tiny", str(sequences), "--output", str(tmp_path / "run"), "--no-progress"]
     assert cli.main(command) == 0
-    note = "stage table had HR@5 90.00 % after epoch 3, stage map, whose weights the model has, 50.00 %"
+    note = "stage table had HR@5 90.00 % after epoch 1, stage map, whose weights the model has, 50.00 %"
     assert (note in capsys.readouterr().err) is told
+
+
+def test_the_epoch_that_a_stage_keeps_is_the_last_with_any_watched_metric_higher() -> None:
+    stage = Stage("full", 3, 1, 0.1, watch=("HR@20", "NDCG@20"))
+    validated = {1: (0.1, 0.3), 2: (0.2, 0.2), 3: (0.1, 0.1)}
+    log = [
+        (stage_name, epoch, 0, 0.0, name, value)
+        for stage_name in ("other", "full")
+        for epoch, values in validated.items()
+        for name, value in zip(stage.watch, values, strict=True)
+        if stage_name == "full" or epoch == 1
+    ]
+    assert runs._kept(SimpleNamespace(log=log), stage) == (2, {"HR@20": 0.2, "NDCG@20": 0.2})  # type: ignore[arg-type]
+    assert runs._kept(SimpleNamespace(log=[]), stage) == (0, {})  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_is_done_at_the_end_may_be_asked_for_anew(
+    sequences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert cli.main(["train", "tiny", str(sequences), "--output", str(folder), "--no-progress"]) == 0
+    resume = ["train", "--resume", "--output", str(folder), "--no-progress"]
+    assert cli.main([*resume, "--all-steps"]) == 0
+    assert json.loads((folder / "run.json").read_text())["all_steps"] is True
+    capsys.readouterr()
+    assert cli.main(["train", str(sequences), *resume[1:]]) == 2
+    assert f"give both, METHOD first: fastdiff train tiny {sequences} --resume" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
