@@ -10,7 +10,7 @@ import torch
 from fastdiff.kernels import score_topk_plan
 from fastdiff.kernels.precompile import Case
 from fastdiff.kernels.score_topk_exact import _exact_kernel, _order_kernel
-from fastdiff.kernels.score_topk_plan import raise_blocks, scan_candidates
+from fastdiff.kernels.score_topk_plan import raise_blocks, scan_candidates, widest_group
 from fastdiff.kernels.score_topk_queries import _prepare_kernel
 from fastdiff.kernels.score_topk_scan import _rescan_kernel, _scan_kernel
 from fastdiff.kernels.score_topk_select import _raise_kernel
@@ -80,7 +80,6 @@ def all_cases() -> Iterator[Case]:
 
 def _scan_cases() -> Iterator[Case]:
     for dim, n_users, hopper in product((64, 128, 256), (1, 64, 128, 1024), (True, False)):
-        few = n_users <= score_topk_plan.FEW
         for dtype, stored in STORED.items():
             candidates = scan_candidates(n_users, dim, _name(dtype), hopper)
             first = ((candidates[0], allowed) for allowed in (False, True))
@@ -108,7 +107,7 @@ def _scan_cases() -> Iterator[Case]:
                         "CERTIFIED": True,
                         "HAS_ALLOWED": allowed,
                         "CHUNK": topk_scan.CHUNK if stored else 0,
-                        "GROUP": min(64, rows // 4) if few else 16,
+                        "GROUP": widest_group(n_users, rows),
                         "ONE_STEP": dim <= 128,
                         **config.constants,
                     },

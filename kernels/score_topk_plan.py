@@ -141,8 +141,7 @@ def _plan(
 ) -> Plan:
     """The plan of slices of `here` users; where these need too much memory, its `users` are fewer."""
     rank = k + 2 * excluded
-    # four groups at least to a tile: a thread has columns of one
-    group = min(64 if n_users <= FEW else 16, block_n // 4)
+    group = widest_group(n_users, block_n)
     while group >= 8 and 8 * rank * group > n_rows:
         group //= 2
     if group < 8 or k > LARGEST_K or n_rows < FEWEST_ROWS or dim > WIDEST:
@@ -168,6 +167,11 @@ def _plan(
     users = max(1, min(here, BUDGET // (per_user + parts * per_part)))
     forced = (max(1, min(users, 2 * processors // forced_parts)), forced_parts)
     return Plan(group, scan, rescan, parts=parts, forced=forced, users=users, **sizes)
+
+
+def widest_group(n_users: int, block_n: int) -> int:
+    """Rows of a group at most. A tile has four groups at least: a thread's columns are of one."""
+    return min(64 if n_users <= FEW else 16, block_n // 4)
 
 
 def _sweep(n_rows: int, rank: int, group: int, rows: int, programs: int, start: int) -> tuple[Sweep, int]:

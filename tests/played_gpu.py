@@ -27,6 +27,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tests.syncs import waits
 
 GPU = torch.device("cuda", 0)
+PROPERTIES = SimpleNamespace(
+    name="A GPU", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
+)
 
 
 class OnGpu(torch.Tensor):
@@ -225,9 +228,6 @@ def _stand_ins(gpu: PlayedGpu) -> dict[str, Any]:
             gpu.capturing, gpu.strict = False, before
 
     stream = Stream()
-    properties = SimpleNamespace(
-        name="A GPU", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
-    )
     state = torch.zeros(16, dtype=torch.uint8)
     return {
         "is_available": lambda: True,
@@ -240,8 +240,8 @@ def _stand_ins(gpu: PlayedGpu) -> dict[str, Any]:
         "set_sync_debug_mode": lambda mode: setattr(gpu, "strict", mode in ("error", 2)),
         "get_sync_debug_mode": lambda: 2 if gpu.strict else 0,
         "synchronize": lambda device=None: gpu.waits("synchronize"),
-        "get_device_properties": lambda device=None: properties,
-        "get_device_name": lambda device=None: properties.name,
+        "get_device_properties": lambda device=None: PROPERTIES,
+        "get_device_name": lambda device=None: PROPERTIES.name,
         "manual_seed_all": lambda seed: None,
         "get_rng_state": lambda device="cuda": state.clone(),
         "set_rng_state": lambda new, device="cuda": None,

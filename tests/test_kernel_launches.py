@@ -6,7 +6,6 @@ import importlib
 import inspect
 import pkgutil
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from fastdiff import ops
 from fastdiff.ops.backend import Op, why_not
 from tests import devices
 from tests.devices import move
+from tests.played_gpu import PROPERTIES
 
 if why_not("triton", "cuda") is not None:
     pytest.skip(str(why_not("triton", "cuda")), allow_module_level=True)
@@ -44,8 +44,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
         named = inspect.signature(kernel.fn).bind_partial(*arguments).arguments
         seen.append((kernel.fn.__name__, grid, {**named, **keywords}))
 
-    gpu = SimpleNamespace(name="A GPU", multi_processor_count=132, shared_memory_per_block_optin=227 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: PROPERTIES)
     monkeypatch.setattr(JITFunction, "run", run)
     runtime.multiprocessors.cache_clear()
     runtime.shared_memory.cache_clear()

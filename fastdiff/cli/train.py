@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from fastdiff.train.data import describe
     from fastdiff.train.recipe import Settings
     from fastdiff.train.run import recipe_class, train
-    from fastdiff.train.run_folder import RunFolder
+    from fastdiff.train.run_folder import SETTINGS, RunFolder
     from fastdiff.train.settings_file import load_settings, parse_assignments, presets
     from fastdiff.train.trainer import Interrupted
 
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         )
     kind = recipe_class(method)
     same = method == begun.get("method") and args.preset is None  # which says all settings, and is compared
-    own = {name.removeprefix("settings."): begun[name] for name in begun if same and name.startswith("settings.")}
+    own = {name.removeprefix(SETTINGS): begun[name] for name in begun if same and name.startswith(SETTINGS)}
     settings = load_settings(method, kind.Settings, args.preset, args.settings, parse_assignments(args.set), own)
     if args.show_settings:
         for one in reversed(kind.Settings.__mro__):  # TA-Rec's settings are DreamRec's and its own

@@ -22,9 +22,9 @@ from fastdiff.sampler import Sampler
 from fastdiff.train.data import TrainingData
 from fastdiff.train.plots import PLOT_FILE, NoMatplotlib, plot_run
 from fastdiff.train.recipe import QueryModel, Recipe, Settings, Stage
-from fastdiff.train.run_folder import ALL_STEPS, RESULT_FILE, RunFolder
+from fastdiff.train.run_folder import ALL_STEPS, RESULT_FILE, SETTINGS, RunFolder
 from fastdiff.train.steps import Measured, fewest_steps, measure_steps
-from fastdiff.train.trainer import Interrupted, Trainer, check_stages
+from fastdiff.train.trainer import Interrupted, Trainer, check_stages, higher_than
 from fastdiff.train.validation import TOP_KS, measure
 
 METHODS = ("adrec", "tarec", "dreamrec", "cddrec", "dimerec", "sasrec")
@@ -87,7 +87,7 @@ def train(
         "device": place.type,
         ALL_STEPS: all_steps,
         "data": data_digest(data),
-        **{f"settings.{name}": value for name, value in json.loads(json.dumps(dataclasses.asdict(settings))).items()},
+        **{SETTINGS + name: value for name, value in json.loads(json.dumps(dataclasses.asdict(settings))).items()},
     }
     with torch.random.fork_rng(devices=[]):  # before anything is written: a recipe may refuse the data
         torch.manual_seed(seed)
@@ -192,8 +192,7 @@ def _kept(trainer: Trainer, stage: Stage) -> tuple[int, dict[str, float]]:
     kept: tuple[int, dict[str, float]] = (0, {})
     best: dict[str, float] = {}
     for epoch, metrics in epochs.items():
-        higher = {name: metrics[name] for name in stage.watch if metrics.get(name, -1.0) > best.get(name, -1.0)}
-        if higher:
+        if higher := higher_than(best, metrics, stage):
             best |= higher
             kept = (epoch, metrics)
     return kept

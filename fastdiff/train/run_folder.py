@@ -26,6 +26,8 @@ from fastdiff.errors import DataError, InvalidArgument
 
 STATE_FILE, LOG_FILE, STEPS_FILE, RESULT_FILE = "state.pt", "log.csv", "steps.csv", "result.json"
 SOURCE_FILE = "data.json"
+SETTINGS = "settings."
+"""What the names of settings begin with in run.json."""
 ALL_STEPS = "all_steps"
 """What run.json says of the model that is written at the end: another resumption may say otherwise."""
 LOG_COLUMNS = ("stage", "epoch", "step", "seconds", "name", "value")

@@ -18,7 +18,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -185,7 +185,7 @@ class Trainer:
         if stage.validate_every and (progress.epoch % stage.validate_every == 0 or progress.epoch == stage.epochs):
             metrics = measure(self.recipe, stage, self.recipe.data.valid)
             rows |= metrics
-            higher = {name: metrics[name] for name in stage.watch if metrics[name] > progress.best.get(name, -1.0)}
+            higher = higher_than(progress.best, metrics, stage)
             if better := bool(higher):
                 progress.best |= higher
                 progress.best_epoch, progress.bad = progress.epoch, 0
@@ -312,6 +312,11 @@ class Trainer:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def higher_than(best: Mapping[str, float], metrics: Mapping[str, float], stage: Stage) -> dict[str, float]:
+    """The watched metrics that are higher than ever: where there is one, the weights of this epoch are kept."""
+    return {name: metrics[name] for name in stage.watch if metrics.get(name, -1.0) > best.get(name, -1.0)}
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
